@@ -1,0 +1,1 @@
+"""MGIE: guiding instruction-based image editing by a multimodal LLM. Ray-free; `serving` and `pipelines` build on it."""

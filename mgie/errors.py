@@ -1,0 +1,62 @@
+"""Every error that the product raises on purpose.
+
+    MGIEError
+    ├── ConfigError              a setting or argument has a value that is not allowed
+    ├── PromptError              an instruction or expressive instruction cannot be used
+    ├── ImageError               bytes or pixels are not an image that can be edited
+    │   └── ImageTooLargeError   ... because a byte or pixel limit is passed
+    ├── BundleError              a bundle is missing, damaged or does not fit its use
+    │   └── ConversionError      a published checkpoint cannot become a bundle
+    ├── DataError                a data set, ledger or cache is not what it should be
+    └── ParityError              a folder of reference vectors cannot be read
+
+A message names the thing, the value got and the value allowed. Knows nothing of HTTP: `serving`
+maps these classes to status codes in one table.
+"""
+
+
+class MGIEError(Exception):
+    """Base of every error raised on purpose.
+
+    Args:
+        message: One sentence: the thing, the value got, the value allowed.
+        param: Name of the argument at fault (`"steps"`), where there is one; callers show it.
+    """
+
+    param: str | None
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ConfigError(MGIEError):
+    """A setting or argument has a value that is not allowed."""
+
+
+class PromptError(MGIEError):
+    """An instruction or expressive instruction cannot be used (empty, or too long for the model)."""
+
+
+class ImageError(MGIEError):
+    """Bytes or pixels are not an image that can be edited."""
+
+
+class ImageTooLargeError(ImageError):
+    """An image passes the byte or pixel limit."""
+
+
+class BundleError(MGIEError):
+    """A bundle is missing, damaged or does not fit the use it is put to."""
+
+
+class ConversionError(BundleError):
+    """A published checkpoint cannot be turned into a bundle."""
+
+
+class DataError(MGIEError):
+    """A data set, ledger or cache is not what it should be."""
+
+
+class ParityError(MGIEError):
+    """A folder of reference vectors cannot be read."""
