@@ -1,0 +1,134 @@
+"""LLaVA: vision tower, projector, image features spliced into the word embeddings, hidden states.
+
+Knows nothing of prompts or decoding (`generation.py`).
+
+Axes: B batch, T tokens, P image patches, S image side of the vision tower, D width of the LLM, V vocabulary.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import Cache, CLIPVisionModel, LlamaForCausalLM
+
+from mgie.errors import BundleError
+
+
+class VisionTower(nn.Module):
+    """CLIP's patch features of one hidden layer, without the class token.
+
+    Args:
+        clip: The CLIP vision model.
+        select_layer: Index into its hidden states; -2 in LLaVA-7B-v1.
+    """
+
+    def __init__(self, clip: CLIPVisionModel, select_layer: int = -2) -> None:
+        super().__init__()
+        num_states = clip.config.num_hidden_layers + 1
+        if not -num_states <= select_layer < num_states:
+            raise BundleError(f"vision select layer is {select_layer}; the tower has {num_states} hidden states")
+        self.clip = clip
+        self.select_layer = select_layer
+
+    @property
+    def num_patches(self) -> int:
+        """P: how many features an image becomes."""
+        return int((self.clip.config.image_size // self.clip.config.patch_size) ** 2)
+
+    def forward(self, pixels: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B P d"]:
+        """Patch features of CLIP-normalised pixels."""
+        out = self.clip(pixel_values=pixels, output_hidden_states=True)
+        features: Tensor = out.hidden_states[self.select_layer][:, 1:]
+        return features
+
+
+class MLLM(nn.Module):
+    """Vision tower + linear projector + LLaMA.
+
+    Args:
+        im_patch_id: Id of the placeholder tokens that image features replace.
+    """
+
+    def __init__(self, vision: VisionTower, projector: nn.Linear, llm: LlamaForCausalLM, *, im_patch_id: int) -> None:
+        super().__init__()
+        width_in, width_out = vision.clip.config.hidden_size, llm.config.hidden_size
+        if (projector.in_features, projector.out_features) != (width_in, width_out):
+            raise BundleError(
+                f"projector maps {projector.in_features} -> {projector.out_features}; "
+                f"vision tower and LLM need {width_in} -> {width_out}"
+            )
+        self.vision, self.projector, self.llm = vision, projector, llm
+        self.im_patch_id = im_patch_id
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.projector.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the LLM's weights."""
+        dtype: torch.dtype = self.llm.lm_head.weight.dtype
+        return dtype
+
+    @property
+    def num_patches(self) -> int:
+        """P: `<im_patch>` tokens per image."""
+        return self.vision.num_patches
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence, prompt and output together, in tokens."""
+        return int(self.llm.config.max_position_embeddings)
+
+    def visual_embeddings(self, num_visual_tokens: int) -> Float[Tensor, "N D"]:
+        """Input embeddings of the visual tokens: the last rows of the embedding matrix."""
+        weight: Tensor = self.llm.model.embed_tokens.weight
+        return weight[-num_visual_tokens:]
+
+    def image_features(self, pixels: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B P D"]:
+        """Projected patch features."""
+        features: Tensor = self.projector(self.vision(pixels.to(self.device, self.projector.weight.dtype)))
+        return features
+
+    def embed(self, input_ids: Int[Tensor, "B T"], features: Float[Tensor, "B P D"]) -> Float[Tensor, "B T D"]:
+        """Word embeddings with each row's `<im_patch>` embeddings replaced by its image features.
+
+        Raises:
+            ValueError: A row has not exactly P placeholders (a bug: prompts are built with P of them).
+        """
+        embeddings: Tensor = self.llm.model.embed_tokens(input_ids)
+        places = input_ids == self.im_patch_id
+        # Counted on the host ids only when they are there: no device synchronisation inside a training step.
+        if input_ids.device.type == "cpu" and not bool((places.sum(1) == features.shape[1]).all()):
+            raise ValueError(f"rows hold {places.sum(1).tolist()} image placeholders; each needs {features.shape[1]}")
+        return embeddings.masked_scatter(places[..., None], features.to(embeddings.dtype))
+
+    def forward(
+        self,
+        embeddings: Float[Tensor, "B T D"],
+        mask: Bool[Tensor, "B L"],
+        *,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Hidden states after the final norm.
+
+        Args:
+            embeddings: The new positions only, where `cache` holds earlier ones.
+            mask: True at real tokens, over earlier and new positions (L = cached + T); padding may be on
+                either side, positions are counted over real tokens.
+        """
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -embeddings.shape[1] :]
+        out = self.llm.model(
+            inputs_embeds=embeddings,
+            attention_mask=mask.long(),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        hidden: Tensor = out.last_hidden_state
+        return hidden
+
+    def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+        """Scores of the next token."""
+        scores: Tensor = self.llm.lm_head(hidden)
+        return scores
