@@ -1,0 +1,469 @@
+"""Bundles: one folder = one model. Writing, checking and loading its parts; nobody else touches weight files.
+
+    bundle.json     `config.BundleConfig`, with sha256 and size of every other file
+    <part>/         transformers' or diffusers' own layout, safetensors only
+
+Each part loads alone, so a stage never loads what it does not use. Nothing is unpickled: a bundle that lists
+a file of another kind is refused. Knows nothing of where a bundle comes from (`bundles.py`).
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import transformers
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoTokenizer,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionModel,
+    LlamaForCausalLM,
+    T5ForConditionalGeneration,
+)
+
+from mgie.conditioner import Conditioner, MLLMConditioner, TextConditioner
+from mgie.config import (
+    DIFFUSION_PARTS,
+    MLLM_PARTS,
+    TEXT_PARTS,
+    BundleConfig,
+    EditSettings,
+    FileEntry,
+    GenerationConfig,
+    Part,
+    Provenance,
+)
+from mgie.diffusion import LatentCodec, NoiseSchedule
+from mgie.edit_head import EditHead
+from mgie.errors import BundleError, ConfigError
+from mgie.images import ClipPixels
+from mgie.mllm import MLLM, VisionTower
+from mgie.model import MGIE
+from mgie.renderer import Renderer
+from mgie.tokens import Tokenizer
+
+CONFIG_FILE = "bundle.json"
+_WEIGHTS, _PART_CONFIG = "model.safetensors", "config.json"
+_PREPROCESSOR, _SCHEDULER = "preprocessor_config.json", "scheduler_config.json"
+_ALLOWED_SUFFIXES = (".safetensors", ".json", ".model", ".txt")  # nothing that could be a pickle or a program
+_HASH_BLOCK = 1 << 22
+
+
+def resolve_device(device: str = "auto") -> torch.device:
+    """The device named, or with `auto` the first of CUDA, MPS, CPU that is there.
+
+    Raises:
+        ConfigError: It is no device, or not on this machine.
+    """
+    if device == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(name)
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {device!r}; it must be auto, cpu, mps, cuda or cuda:N", param="device") from error
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device is {device!r}; this machine has {torch.cuda.device_count()} CUDA devices", param="device")
+    if resolved.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"device is {device!r}; this machine has no MPS device", param="device")
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype named, or with `auto` bfloat16 on CUDA (float16 where that is not supported), else float32.
+
+    Raises:
+        ConfigError: It is not one of auto, float32, float16, bfloat16.
+    """
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if dtype not in known:
+        raise ConfigError(f"dtype is {dtype!r}; it must be one of auto, {', '.join(known)}", param="dtype")
+    return known[dtype]
+
+
+class Bundle:
+    """A bundle that is at hand: its configuration, and its parts on demand.
+
+    Args:
+        root: Folder with `bundle.json`.
+        fetch: Called with the parts about to be loaded, before they are; brings their files to `root`.
+    """
+
+    def __init__(self, root: Path, *, fetch: Callable[[Sequence[str]], object] | None = None) -> None:
+        self.root = root
+        self._fetch = fetch
+        try:
+            content = (root / CONFIG_FILE).read_bytes()
+        except OSError as error:
+            raise BundleError(f"{root} is not a bundle: {CONFIG_FILE} cannot be read ({error.strerror})") from error
+        self.config = parse_config(content)
+        self.identity = hashlib.sha256(content).hexdigest()[:16]
+        bad = [name for name in self.config.files if not name.endswith(_ALLOWED_SUFFIXES) or _escapes(name)]
+        if bad:
+            raise BundleError(f"bundle {self.config.name!r} lists {bad[0]!r}; only {', '.join(_ALLOWED_SUFFIXES)} files below it are read")
+
+    def verify(self, parts: Sequence[Part] | None = None, *, hashes: bool = True) -> None:
+        """Checks presence and size, and with `hashes` the content, of the parts' files (None = all).
+
+        Raises:
+            BundleError: A file is missing or differs from what `bundle.json` says.
+        """
+        parts = self.config.parts if parts is None else parts
+        self.config.require(parts)
+        if self._fetch is not None:
+            self._fetch(parts)
+        for name, entry in self.files(parts).items():
+            path = self.root / name
+            if not path.is_file():
+                raise BundleError(f"bundle {self.config.name!r} lacks {name}, which {CONFIG_FILE} lists")
+            if path.stat().st_size != entry.size:
+                raise BundleError(f"{name} has {path.stat().st_size} bytes; {CONFIG_FILE} says {entry.size}: copy the bundle again")
+            if hashes and (digest := hash_file(path)) != entry.sha256:
+                raise BundleError(f"{name} has sha256 {digest}; {CONFIG_FILE} says {entry.sha256}: copy the bundle again")
+
+    def files(self, parts: Sequence[str]) -> dict[str, FileEntry]:
+        """The listed files of these parts."""
+        return {name: entry for name, entry in self.config.files.items() if name.split("/", 1)[0] in parts}
+
+    def load_conditioner(self, *, device: str = "auto", dtype: str = "auto") -> Conditioner:
+        """The first half of an edit, by `conditioner` of the configuration.
+
+        Raises:
+            BundleError: Its parts are missing, damaged or do not fit each other.
+        """
+        target = resolve_device(device)
+        weights = resolve_dtype(dtype, target)
+        if self.config.conditioner == "text":
+            self.verify(TEXT_PARTS, hashes=False)
+            encoder = _load_pretrained(CLIPTextModel, self.root / "text_encoder", weights).to(target)
+            tokenizer = CLIPTokenizer.from_pretrained(self.root / "text_encoder", local_files_only=True)
+            return TextConditioner(tokenizer=tokenizer, encoder=encoder, bundle=self.identity)
+        self.verify(MLLM_PARTS, hashes=False)
+        tokenizer = self.load_tokenizer()
+        return MLLMConditioner(
+            tokenizer=tokenizer,
+            clip_pixels=self.load_clip_pixels(),
+            mllm=self.load_mllm(tokenizer, weights).to(target),
+            edit_head=self.load_edit_head().to(target, weights).eval(),
+            generation=self.config.generation,
+            bundle=self.identity,
+        )
+
+    def load_renderer(self, *, device: str = "auto", dtype: str = "auto") -> Renderer:
+        """The second half of an edit: UNet and VAE only.
+
+        Raises:
+            BundleError: Its parts are missing, damaged or do not fit each other.
+        """
+        target = resolve_device(device)
+        return Renderer(
+            unet=self.load_unet(resolve_dtype(dtype, target)).to(target),
+            # The VAE stays in float32: half precision shows as banding, and it is a small share of the work.
+            codec=self.load_codec().to(target),
+            scheduler_config=self.scheduler_config(),
+            work_area_px=self.config.work_area_px,
+            multiple_px=self.config.multiple_px,
+        )
+
+    def load_mgie(self, *, device: str = "auto", dtype: str = "float32") -> MGIE:
+        """The whole model for training, with the right parts frozen.
+
+        Raises:
+            BundleError: Parts are missing, damaged or do not fit each other.
+        """
+        target = resolve_device(device)
+        weights = resolve_dtype(dtype, target)
+        self.verify((*MLLM_PARTS, *DIFFUSION_PARTS), hashes=False)
+        mgie = MGIE(
+            mllm=self.load_mllm(self.load_tokenizer(), weights),
+            edit_head=self.load_edit_head().to(dtype=weights),
+            unet=self.load_unet(weights),
+            codec=self.load_codec(),
+            schedule=NoiseSchedule(self.scheduler_config()),
+            num_visual_tokens=self.config.num_visual_tokens,
+        )
+        mgie.freeze()
+        return mgie.to(target)
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The `tokenizer` part.
+
+        Raises:
+            BundleError: It is missing, damaged, or has another number of visual tokens than the bundle says.
+        """
+        self.verify(("tokenizer",), hashes=False)
+        tokenizer = Tokenizer.load(self.root / "tokenizer")
+        if len(tokenizer.visual_ids) != self.config.num_visual_tokens:
+            raise BundleError(
+                f"the tokenizer has {len(tokenizer.visual_ids)} visual tokens; "
+                f"bundle {self.config.name!r} says {self.config.num_visual_tokens}"
+            )
+        return tokenizer
+
+    def load_clip_pixels(self) -> ClipPixels:
+        """The image preprocessing of the `vision` part."""
+        self.verify(("vision",), hashes=False)
+        return ClipPixels(_read_json(self.root / "vision" / _PREPROCESSOR))
+
+    def load_mllm(self, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> MLLM:
+        """Vision tower, projector and LLM, on the CPU, not training.
+
+        Raises:
+            BundleError: A part is missing or damaged, or vocabulary and embeddings differ in size.
+        """
+        self.verify(("vision", "projector", "llm"), hashes=False)
+        clip = _load_pretrained(CLIPVisionModel, self.root / "vision", dtype)
+        llm = _load_pretrained(LlamaForCausalLM, self.root / "llm", dtype)
+        rows = llm.get_input_embeddings().weight.shape[0]
+        if rows != tokenizer.vocab_size:
+            raise BundleError(f"the LLM has {rows} word embeddings; the tokenizer has {tokenizer.vocab_size} tokens")
+        weights = _load_safetensors(self.root / "projector" / _WEIGHTS)
+        projector = nn.Linear(clip.config.hidden_size, llm.config.hidden_size)
+        load_strictly(projector, weights, "projector")
+        vision = VisionTower(clip, self.config.vision_select_layer)
+        return MLLM(vision, projector.to(dtype), llm, im_patch_id=tokenizer.im_patch_id).eval()
+
+    def load_edit_head(self) -> EditHead:
+        """The `edit_head` part, float32, on the CPU."""
+        self.verify(("edit_head",), hashes=False)
+        head = EditHead(**_read_json(self.root / "edit_head" / _PART_CONFIG))
+        load_strictly(head, _load_safetensors(self.root / "edit_head" / _WEIGHTS), "edit_head")
+        return head
+
+    def load_unet(self, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+        """The `unet` part, on the CPU, not training."""
+        self.verify(("unet",), hashes=False)
+        return _load_pretrained(UNet2DConditionModel, self.root / "unet", dtype)
+
+    def load_codec(self) -> LatentCodec:
+        """The `vae` part, float32, on the CPU, not training."""
+        self.verify(("vae",), hashes=False)
+        return LatentCodec(_load_pretrained(AutoencoderKL, self.root / "vae", torch.float32)).eval()
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """diffusers' configuration of the noise schedule."""
+        self.verify(("scheduler",), hashes=False)
+        return _read_json(self.root / "scheduler" / _SCHEDULER)
+
+    def load_summarizer(self, *, device: str = "auto", dtype: str = "auto") -> tuple[T5ForConditionalGeneration, Any]:
+        """The `summarizer` part (T5) and its transformers tokenizer.
+
+        Raises:
+            ConfigError: dtype is float16, in which T5 overflows.
+            BundleError: The part is missing or damaged.
+        """
+        target = resolve_device(device)
+        weights = resolve_dtype(dtype, target)
+        if weights == torch.float16:
+            if dtype != "auto":
+                raise ConfigError("dtype is float16; T5 overflows in it: use bfloat16 or float32", param="dtype")
+            weights = torch.float32
+        self.verify(("summarizer",), hashes=False)
+        model = _load_pretrained(T5ForConditionalGeneration, self.root / "summarizer", weights).to(target)
+        return model, AutoTokenizer.from_pretrained(self.root / "summarizer", local_files_only=True)
+
+
+class BundleWriter:
+    """Writes a bundle next to its final place and moves it there when complete; on an error nothing is left.
+
+        with BundleWriter(out, config) as writer:
+            writer.add_pretrained("llm", llm)
+
+    Args:
+        out: The bundle's folder; must not exist, or be an older bundle if `replace`.
+        config: `files` is filled in by the writer, `parts` must match what is added.
+
+    Raises:
+        BundleError: `out` is taken, or on leaving, the parts added are not those of `config`.
+    """
+
+    def __init__(self, out: Path, config: BundleConfig, *, replace: bool = False) -> None:
+        self._out, self._config = out, config
+        if out.exists() and not (replace and ((out / CONFIG_FILE).exists() or not any(out.iterdir()))):
+            raise BundleError(f"{out} exists{' and is not a bundle' if replace else ''}; choose another output folder")
+
+    def __enter__(self) -> "BundleWriter":
+        self._out.parent.mkdir(parents=True, exist_ok=True)
+        self._staging = Path(tempfile.mkdtemp(prefix=f".{self._out.name}-", dir=self._out.parent))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            shutil.rmtree(self._staging, ignore_errors=True)
+
+    def folder(self, part: Part) -> Path:
+        """The part's folder, for callers that write its files themselves."""
+        folder = self._staging / part
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def add_pretrained(self, part: Part, model: Any, *, tokenizer: Any = None) -> None:
+        """A transformers or diffusers model in its own layout, with its transformers tokenizer beside it."""
+        with _quiet():
+            model.save_pretrained(self.folder(part), safe_serialization=True)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(self.folder(part))
+
+    def add_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """The `tokenizer` part."""
+        tokenizer.save(self.folder("tokenizer"))
+
+    def add_clip_pixels(self, config: Mapping[str, Any]) -> None:
+        """The preprocessing of the `vision` part."""
+        _write_json(self.folder("vision") / _PREPROCESSOR, config)
+
+    def add_projector(self, weights: Mapping[str, Tensor]) -> None:
+        """The `projector` part: `weight` and `bias`."""
+        save_file(_contiguous(weights), self.folder("projector") / _WEIGHTS)
+
+    def add_edit_head(self, config: Mapping[str, int], weights: Mapping[str, Tensor]) -> None:
+        """The `edit_head` part."""
+        _write_json(self.folder("edit_head") / _PART_CONFIG, config)
+        save_file(_contiguous(weights), self.folder("edit_head") / _WEIGHTS)
+
+    def add_scheduler(self, config: Mapping[str, Any]) -> None:
+        """The `scheduler` part."""
+        _write_json(self.folder("scheduler") / _SCHEDULER, config)
+
+    def _finish(self) -> None:
+        added = sorted(path.name for path in self._staging.iterdir())
+        if added != sorted(self._config.parts):
+            raise BundleError(f"parts written are {added}; the configuration says {sorted(self._config.parts)}")
+        paths = sorted(path for path in self._staging.rglob("*") if path.is_file())
+        files = {
+            path.relative_to(self._staging).as_posix(): FileEntry(sha256=hash_file(path), size=path.stat().st_size)
+            for path in paths
+        }
+        config = dataclasses.replace(self._config, files=files)
+        _write_json(self._staging / CONFIG_FILE, dataclasses.asdict(config))
+        self._staging.chmod(0o755)  # mkdtemp makes it private
+        if self._out.exists():
+            shutil.rmtree(self._out)
+        os.replace(self._staging, self._out)
+
+
+def parse_config(content: bytes) -> BundleConfig:
+    """The record in a `bundle.json`.
+
+    Raises:
+        BundleError: It is not JSON, or a field is unknown, missing or not allowed.
+    """
+    try:
+        data = json.loads(content)
+        data["parts"] = tuple(data["parts"])
+        provenance = data["provenance"]
+        data["provenance"] = Provenance(
+            made_by=provenance["made_by"],
+            sources=tuple(provenance["sources"]),
+            data=provenance["data"],
+            licences=tuple(provenance["licences"]),
+        )
+        data["defaults"] = EditSettings(**data["defaults"])
+        data["generation"] = GenerationConfig(**data["generation"])
+        data["files"] = {name: FileEntry(**entry) for name, entry in data["files"].items()}
+        return BundleConfig(**data)
+    except (ValueError, TypeError, KeyError, AttributeError, ConfigError) as error:
+        raise BundleError(f"{CONFIG_FILE} cannot be read: {error}") from error
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file's content, hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
+    """Loads `weights` into `module`.
+
+    Raises:
+        BundleError: Keys are missing or unexpected, or sizes differ; all are listed.
+    """
+    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    given = {key: tuple(value.shape) for key, value in weights.items()}
+    problems = [f"{key} is missing" for key in expected if key not in given]
+    problems += [f"{key} is unexpected" for key in given if key not in expected]
+    problems += [
+        f"{key} has shape {given[key]}, not {shape}" for key, shape in expected.items() if given.get(key, shape) != shape
+    ]
+    if problems:
+        raise BundleError(f"weights of {name} do not fit: {'; '.join(problems)}")
+    module.load_state_dict(dict(weights))
+
+
+def _load_pretrained(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """A transformers or diffusers model from its folder, strictly, safetensors only, not training."""
+    arguments: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+    arguments["torch_dtype" if hasattr(kind, "load_config") else "dtype"] = dtype  # diffusers : transformers
+    try:
+        with _quiet():
+            model, info = kind.from_pretrained(folder, **arguments)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise BundleError(f"{folder.name} cannot be loaded: {error}") from error
+    problems = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
+    if problems:
+        raise BundleError(f"weights of {folder.name} do not fit: {problems}")
+    model.eval()
+    return model
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"{path.parent.name}/{path.name} cannot be read: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path.parent.name}/{path.name} cannot be read: {error}") from error
+    return data
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _contiguous(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().contiguous() for name, value in weights.items()}
+
+
+def _escapes(name: str) -> bool:
+    """Whether a listed file would lie outside the bundle."""
+    return name.startswith("/") or "\\" in name or ".." in name.split("/")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' progress bars off: a library does not draw on its caller's terminal."""
+    was_on = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers.utils.logging.enable_progress_bar()
