@@ -1,0 +1,281 @@
+"""`mgie edit | convert | parity | info`: the command line. The only module of the package that prints.
+
+Exit status: 0 done, 1 something failed (an edit of several, a parity group), 2 the command could not be
+carried out.
+"""
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mgie.bundles import open_bundle
+from mgie.checkpoint import Bundle
+from mgie.config import BundleConfig, Sampler
+from mgie.convert import Sources, convert
+from mgie.editor import Editor, output_format
+from mgie.errors import ConfigError, DataError, ImageError, MGIEError
+from mgie.images import OutputFormat
+from mgie.parity import compare
+
+_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".heic", ".heif")
+
+out = Console()
+err = Console(stderr=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Edit:
+    """One edit to do."""
+
+    image: Path
+    instruction: str
+    target: Path
+    expressive: str | None = None
+    seed: int | None = None
+
+
+def edit(
+    source: Annotated[Path, tyro.conf.Positional],
+    instruction: Annotated[str, tyro.conf.Positional] = "",
+    /,
+    *,
+    out: Path | None = None,
+    bundle: str = "tiny",
+    seed: int | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    image_guidance_scale: float | None = None,
+    sampler: Sampler | None = None,
+    square_crop: bool | None = None,
+    expressive: str | None = None,
+    format: OutputFormat = "png",  # noqa: A002  # the flag's name
+    device: str = "auto",
+    dtype: str = "auto",
+    overwrite: bool = False,
+) -> int:
+    """Edit an image, a folder of images, or the edits listed in a JSONL file.
+
+    Args:
+        source: An image; a folder of images, all edited by the same instruction; or a .jsonl file of objects
+            with "image" (relative to the file), "instruction" and optionally "expressive" and "seed".
+        instruction: What to change, for example "make it night". Not with a .jsonl file.
+        out: File for one image (default: NAME-edited.png here), folder otherwise (default: ./edited).
+        bundle: tiny (embedded), a folder, a hub id or s3://bucket/prefix.
+        seed: The same seed gives the same result; default: a random one, which is printed.
+        steps: Denoising steps; default: the bundle's.
+        guidance_scale: How strongly to follow the words; default: the bundle's.
+        image_guidance_scale: How strongly to keep to the source; default: the bundle's.
+        sampler: Sampling algorithm; default: the bundle's.
+        square_crop: Crop to the centre square as the published pipeline does.
+        expressive: Your own expressive instruction, in place of a derived one.
+        format: File format in a folder of results.
+        device: auto, cpu, mps, cuda or cuda:N.
+        dtype: auto, float32, bfloat16 or float16.
+        overwrite: Replace results that exist.
+    """
+    edits = list(_edits(source, instruction, out, format, expressive, seed))
+    taken = [edit.target for edit in edits if edit.target.exists()]
+    if taken and not overwrite:
+        raise ConfigError(f"{taken[0]} exists; choose another --out or give --overwrite", param="out")
+    for item in edits[:1]:
+        output_format(item.target)
+    editor = Editor.load(bundle, device=device, dtype=dtype)
+    _warn_untrained(editor.bundle)
+    settings = {
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "image_guidance_scale": image_guidance_scale,
+        "sampler": sampler,
+        "square_crop": square_crop,
+    }
+    editor.bundle.defaults.override(**settings)  # refuses bad settings before the first edit
+    failed = 0
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=err
+    ) as bar:
+        overall = bar.add_task("edits", total=len(edits), visible=len(edits) > 1)
+        for item in edits:
+            task = bar.add_task(item.image.name, total=None)
+            try:
+                result = editor.edit(
+                    item.image,
+                    item.instruction,
+                    seed=item.seed,
+                    expressive=item.expressive,
+                    on_step=lambda done, total, task=task: bar.update(task, completed=done, total=total),  # type: ignore[misc]
+                    **settings,
+                )
+                item.target.parent.mkdir(parents=True, exist_ok=True)
+                result.save(item.target)
+            except (MGIEError, OSError) as error:
+                failed += 1
+                err.print(f"[red]{item.image}: {error}", soft_wrap=True)
+            else:
+                note = " (no visual tokens came: the words may have had no effect)" if result.used_fallback else ""
+                _print_result(item, result.expressive, result.seed, note)
+            bar.remove_task(task)
+            bar.advance(overall)
+    if failed and len(edits) > 1:
+        err.print(f"{failed} of {len(edits)} edits failed")
+    return 1 if failed else 0
+
+
+def _print_result(item: _Edit, expressive: str, seed: int, note: str) -> None:
+    out.print(f"{item.target}  seed {seed}{note}", markup=False, soft_wrap=True)
+    if expressive:
+        out.print(f"  {expressive}", markup=False, soft_wrap=True)
+
+
+def _edits(
+    source: Path, instruction: str, target: Path | None, suffix: str, expressive: str | None, seed: int | None
+) -> Iterator[_Edit]:
+    """The edits that the arguments name, each with its own target."""
+    if source.suffix == ".jsonl":
+        if instruction:
+            raise ConfigError("an instruction was given beside a .jsonl file; the file names its own", param="instruction")
+        rows = list(_read_jsonl(source))
+    elif source.is_dir():
+        images = sorted(path for path in source.iterdir() if path.suffix.lower() in _IMAGE_SUFFIXES)
+        if not images:
+            raise ImageError(f"{source} holds no image; looked for {', '.join(_IMAGE_SUFFIXES)}")
+        rows = [{"image": image, "instruction": instruction} for image in images]
+    elif source.is_file():
+        single = Path(f"{source.stem}-edited.png") if target is None else target
+        yield _Edit(image=source, instruction=instruction, target=single, expressive=expressive, seed=seed)
+        return
+    else:
+        raise ImageError(f"{source} is neither a file nor a folder")
+    folder, names = target or Path("edited"), set[str]()
+    for row in rows:
+        name, count = row["image"].stem, 1
+        while name in names:
+            count += 1
+            name = f"{row['image'].stem}-{count}"
+        names.add(name)
+        defaults = {"expressive": expressive, "seed": seed}
+        yield _Edit(**(defaults | row), target=folder / f"{name}.{suffix}")
+
+
+def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    allowed = {"image": str, "instruction": str, "expressive": str, "seed": int}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict) or not {"image", "instruction"} <= set(row) <= set(allowed):
+            raise DataError(f"{path}, line {number} must be an object with image, instruction and optionally expressive, seed")
+        wrong = [name for name, value in row.items() if not isinstance(value, allowed[name]) or isinstance(value, bool)]
+        if wrong:
+            raise DataError(f"{path}, line {number}: {wrong[0]} is {row[wrong[0]]!r}; it must be a {allowed[wrong[0]].__name__}")
+        yield row | {"image": path.parent / row["image"]}
+
+
+def parity(folder: Annotated[Path, tyro.conf.Positional], /, *, json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> int:
+    """Compare the model with reference vectors recorded from the original code.
+
+    Args:
+        folder: A reference folder: checkpoints, images, vectors.json, vectors.safetensors.
+        json_: Print the report as JSON.
+    """
+    report = compare(folder, progress=lambda name: None if json_ else err.print(f"[dim]{name}"))
+    if json_:
+        print(json.dumps(report.as_json(), indent=2))
+    else:
+        table = Table("group", "compared", "worst", "tolerance", "verdict", "reason")
+        color = {"pass": "green", "fail": "red", "by design": "yellow"}
+        for group in report.groups:
+            table.add_row(
+                group.name,
+                str(group.compared),
+                f"{group.worst:.2e}",
+                f"{group.tolerance:.0e}",
+                f"[{color[group.verdict]}]{group.verdict}",
+                group.reason,
+            )
+        out.print(table)
+        out.print("[green]passed" if report.passed else "[red]failed")
+    return 0 if report.passed else 1
+
+
+def info(
+    bundle: Annotated[str, tyro.conf.Positional] = "tiny",
+    /,
+    *,
+    verify: bool = False,
+    json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> int:
+    """Show what a bundle holds.
+
+    Args:
+        bundle: tiny (embedded), a folder, a hub id or s3://bucket/prefix.
+        verify: Also check every file's sha256.
+        json_: Print bundle.json with the identity.
+    """
+    opened = open_bundle(bundle)
+    if verify:
+        opened.verify()
+    if json_:
+        print(json.dumps({"identity": opened.identity, **dataclasses.asdict(opened.config)}, indent=2))
+        return 0
+    table = Table(show_header=False)
+    for name, value in _describe(opened).items():
+        table.add_row(name, value)
+    out.print(table)
+    if verify:
+        out.print("every file is as listed")
+    return 0
+
+
+def _describe(bundle: Bundle) -> dict[str, str]:
+    config = bundle.config
+    sizes = {part: sum(entry.size for entry in bundle.files([part]).values()) for part in config.parts}
+    return {
+        "name": config.name,
+        "identity": bundle.identity,
+        "trained": "yes" if config.trained else "no: random weights, results show nothing",
+        "conditioner": config.conditioner,
+        "parts": "\n".join(f"{part}  {size / 1e6:.1f} MB" for part, size in sizes.items()),
+        "dimensions": "\n".join(f"{name}  {value}" for name, value in config.dimensions.items()),
+        "works at": f"{config.work_area_px} px of area, sides in multiples of {config.multiple_px}",
+        "defaults": "\n".join(f"{name}  {value}" for name, value in dataclasses.asdict(config.defaults).items()),
+        "made by": config.provenance.made_by,
+        "from": "\n".join(config.provenance.sources),
+        "data": config.provenance.data,
+        "licences": "\n".join(config.provenance.licences),
+    }
+
+
+def _warn_untrained(config: BundleConfig) -> None:
+    if not config.trained:
+        err.print(
+            f"[yellow]bundle {config.name} is untrained (random weights): the result shows that everything runs, "
+            "not what MGIE can do. `mgie convert` brings real weights.",
+            soft_wrap=True,
+        )
+
+
+def main() -> None:
+    """Entry point of the `mgie` command."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    commands = {"edit": edit, "convert": convert_command, "parity": parity, "info": info}
+    try:
+        status = tyro.extras.subcommand_cli_from_dict(commands, prog="mgie", description="Edit photos with words.")
+    except MGIEError as error:
+        err.print(f"[red]error:[/red] {error}", soft_wrap=True)
+        status = 2
+    except KeyboardInterrupt:
+        status = 130
+    sys.exit(status)
