@@ -45,6 +45,7 @@ _SCHEDULER = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
+    "clip_sample": False,
     "prediction_type": "epsilon",
     "timestep_spacing": "linspace",
     "steps_offset": 1,
