@@ -9,7 +9,7 @@ Axes: B batch, T tokens, P patches, D width of the LLM, N visual tokens, V vocab
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -82,6 +82,14 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> tuple[Int[Tensor, "B T"], 
     return ids, mask
 
 
+@dataclass(frozen=True)
+class _Rules:
+    """When rows end."""
+
+    config: GenerationConfig
+    is_settled: Callable[[list[int]], bool] | None
+
+
 @dataclass
 class _Row:
     """A row being generated."""
@@ -145,12 +153,19 @@ class Generator:
 
     @torch.inference_mode()
     def generate(
-        self, prompts: Sequence[list[int]], features: Float[Tensor, "B P D"], config: GenerationConfig
+        self,
+        prompts: Sequence[list[int]],
+        features: Float[Tensor, "B P D"],
+        config: GenerationConfig,
+        *,
+        is_settled: Callable[[list[int]], bool] | None = None,
     ) -> list[Generation]:
         """Continues each prompt until `config.stop`, `</s>` or `config.max_new_tokens`.
 
         Args:
             prompts: Ids per row, without padding. features: Projected image features per row.
+            is_settled: Asked after each token with a row's output ids; true ends the row, because what
+                is wanted of it cannot change any more.
 
         Raises:
             PromptError: A prompt and its output would not fit the LLM's context.
@@ -164,11 +179,12 @@ class Generator:
                 )
         if not prompts:
             return []
+        rules = _Rules(config, is_settled)
         group = self._prefill(prompts, features, config)
         rows = list(group.rows)
         groups = [group]
         while groups:
-            groups.extend(self._advance(groups.pop(), config))
+            groups.extend(self._advance(groups.pop(), rules))
         return [
             Generation(
                 ids=row.ids,
@@ -199,10 +215,10 @@ class Generator:
             row.hidden.append(hidden[row.index, longest - row.num_prompt :])
         return _Group(rows, cache, mask, self._mllm.logits(hidden[:, -1]))
 
-    def _advance(self, group: _Group, config: GenerationConfig) -> list[_Group]:
+    def _advance(self, group: _Group, rules: _Rules) -> list[_Group]:
         """Gives every row its next token and feeds it; returns the groups that go on."""
         for row, token_id in zip(group.rows, self._choose(group), strict=True):
-            self._append(row, token_id, config)
+            self._append(row, token_id, rules)
         going = [i for i, row in enumerate(group.rows) if not row.is_done]
         if not going:
             return []
@@ -211,7 +227,7 @@ class Generator:
         if not drafting:
             return [self._feed_last(group)]
         if len(drafting) == len(group.rows):
-            return self._verify(group, config)
+            return self._verify(group, rules)
         drafted = _Group(
             [group.rows[i] for i in drafting],
             _copy_cache(group.cache, drafting),
@@ -219,7 +235,7 @@ class Generator:
             group.logits[drafting],
         )
         rest = [i for i in range(len(group.rows)) if i not in drafting]
-        return [*self._verify(drafted, config), self._feed_last(group.select(rest))]
+        return [*self._verify(drafted, rules), self._feed_last(group.select(rest))]
 
     def _choose(self, group: _Group) -> list[int]:
         logits = group.logits.float()
@@ -231,16 +247,18 @@ class Generator:
         chosen: list[int] = logits.argmax(-1).tolist()
         return chosen
 
-    def _append(self, row: _Row, token_id: int, config: GenerationConfig) -> None:
+    def _append(self, row: _Row, token_id: int, rules: _Rules) -> None:
         row.ids.append(token_id)
         row.ngrams.append(token_id)
         if self._visual_ids and row.visual_start is None and token_id == self._visual_ids[0]:
             row.visual_start = len(row.ids) - 1
-        at_limit = len(row.ids) - row.num_prompt >= config.max_new_tokens
+        at_limit = len(row.ids) - row.num_prompt >= rules.config.max_new_tokens
         row.is_done = token_id == self._eos_id or at_limit
-        if not row.is_done and config.stop == "visual_tokens" and row.visual_start is not None:
+        if not row.is_done and rules.config.stop == "visual_tokens" and row.visual_start is not None:
             # All N states are known once the last visual token is chosen; a row at its limit is not cut short.
             row.ended_early = row.is_done = len(row.ids) >= row.visual_start + len(self._visual_ids)
+        if not row.is_done and rules.is_settled is not None:
+            row.is_done = rules.is_settled(row.ids[row.num_prompt :])
 
     def _feed_last(self, group: _Group) -> _Group:
         """One forward pass over each row's newest id; appends the states."""
@@ -254,7 +272,7 @@ class Generator:
         embeddings = self._mllm.llm.model.embed_tokens(ids.to(self._mllm.device))
         return self._mllm(embeddings, mask, cache=group.cache), mask
 
-    def _verify(self, group: _Group, config: GenerationConfig) -> list[_Group]:
+    def _verify(self, group: _Group, rules: _Rules) -> list[_Group]:
         """Feeds `[IMG0]`..`[IMG<N-1>]` after rows that just wrote `[IMG0]`, keeps what greedy decoding confirms."""
         draft = self._visual_ids
         cached = group.mask.shape[1]
@@ -268,7 +286,7 @@ class Generator:
                 if self._choose(at) != [draft[accepted + 1]]:
                     break
                 accepted += 1
-                self._append(row, draft[accepted], config)
+                self._append(row, draft[accepted], rules)
             row.hidden.append(hidden[i, : accepted + 1])
             if not row.is_done:
                 by_accepted[accepted].append(i)

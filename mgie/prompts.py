@@ -21,6 +21,8 @@ DATA_SUFFIX = "  (in a short paragraph)"  # two spaces, as in the published data
 SUMMARIZE = "summarize the following paragraph in 32 words:\n\n{text}"
 IGNORE = -100  # label of a position that carries no language loss
 _MAX_SENTENCES = 2
+_FULL_STOP = re.compile(r"(?<!\d)\.|\.(?!\d)")  # not a decimal point
+_HEDGE = re.compile(r"\balternative(?:ly)?\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,7 @@ def check_text(text: str, name: str) -> str:
     if not text.strip():
         raise PromptError(f"{name} is empty; it must say what to change", param=name)
     if len(text) > MAX_INSTRUCTION_CHARS:
-        raise PromptError(
-            f"{name} has {len(text)} characters; at most {MAX_INSTRUCTION_CHARS} are allowed", param=name
-        )
+        raise PromptError(f"{name} has {len(text)} characters; at most {MAX_INSTRUCTION_CHARS} are allowed", param=name)
     if any("\ud800" <= char <= "\udfff" for char in text):
         raise PromptError(f"{name} holds a lone surrogate, which is not valid Unicode text", param=name)
     return text
@@ -118,11 +118,31 @@ def clean_expressive(text: str) -> str:
 
     Source: the published clean-up, with its faults mended (see "Deviations from the original" in docs/model.md).
     """
-    text = re.split(r"\balternative(?:ly)?\b", text, maxsplit=1, flags=re.IGNORECASE)[0]
-    sentences = [part.strip() for part in re.split(r"(?<!\d)\.|\.(?!\d)", text)]
+    sentences = [part.strip() for part in _FULL_STOP.split(_HEDGE.split(text, maxsplit=1)[0])]
     kept = [part for part in sentences if part][:_MAX_SENTENCES]
     return " ".join(f"{part}." for part in kept)
 
 
+def is_settled(text: str) -> bool:
+    """Whether nothing written after `text` could change `clean_expressive(text)`: generation may stop.
+
+    True once the sentences that are kept are complete or the model hedges, and one more character is known
+    (a full stop may still become a decimal point, and "alternative" a longer word).
+    """
+    known = text[:-1] if text[-1:] != "\ufffd" else ""  # half a character, as byte fallback gives it, is not known
+    if (hedge := _HEDGE.search(text)) is not None and hedge.end() <= len(known):
+        return True
+    num_kept = 0
+    start = 0
+    for stop in _FULL_STOP.finditer(text):
+        num_kept += bool(text[start : stop.start()].strip())
+        start = stop.end()
+        if num_kept == _MAX_SENTENCES:
+            return stop.end() <= len(known)
+    return False
+
+
 def _common_prefix(first: list[int], second: list[int]) -> int:
-    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )

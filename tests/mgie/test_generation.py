@@ -171,7 +171,9 @@ def test_ngrams_are_counted_over_the_prompt_too(base: MLLM, tokenizer: Tokenizer
     generator = Generator(mllm, eos_id=tokenizer.eos_id, visual_ids=tokenizer.visual_ids)
     patches = [tokenizer.im_patch_id] * mllm.num_patches
     prompt = [1, 300, 301, 302, *patches, 300]
-    [free] = generator.generate([prompt], _features(mllm, 1), GenerationConfig(max_new_tokens=2, no_repeat_ngram_size=0))
+    [free] = generator.generate(
+        [prompt], _features(mllm, 1), GenerationConfig(max_new_tokens=2, no_repeat_ngram_size=0)
+    )
     [held] = generator.generate([prompt], _features(mllm, 1), GenerationConfig(max_new_tokens=2))
     assert free.output_ids == [301, 302]
     assert held.output_ids[0] == 301
@@ -192,7 +194,9 @@ def test_random_weights_give_equal_ids_in_batches_of_any_size(base: MLLM, tokeni
 def test_a_prompt_that_does_not_fit_the_context_is_refused(base: MLLM, tokenizer: Tokenizer) -> None:
     generator = Generator(base, eos_id=tokenizer.eos_id, visual_ids=tokenizer.visual_ids)
     prompt = _prompt(tokenizer, base, 300, base.max_positions, seed=0)
-    with pytest.raises(PromptError, match=f"prompt has {len(prompt)} tokens with its image; at most {base.max_positions - 96}"):
+    with pytest.raises(
+        PromptError, match=f"prompt has {len(prompt)} tokens with its image; at most {base.max_positions - 96}"
+    ):
         generator.generate([prompt], _features(base, 1), GenerationConfig())
 
 
@@ -203,7 +207,14 @@ def test_no_rows_give_no_rows(base: MLLM, tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize(
     ("num_states", "visual_start", "complete", "expected"),
-    [(30, 20, True, 19), (30, 22, True, 21), (30, 23, True, 21), (30, None, True, 21), (27, 20, False, 19), (5, None, True, 0)],
+    [
+        (30, 20, True, 19),
+        (30, 22, True, 21),
+        (30, 23, True, 21),
+        (30, None, True, 21),
+        (27, 20, False, 19),
+        (5, None, True, 0),
+    ],
 )
 def test_selected_states_begin_one_before_img0_or_fall_back(
     num_states: int, visual_start: int | None, complete: bool, expected: int
@@ -221,3 +232,17 @@ def test_pad_marks_real_tokens() -> None:
     ids, mask = pad([[5, 6, 7], [8]], 0)
     assert ids.tolist() == [[5, 6, 7], [8, 0, 0]]
     assert mask.tolist() == [[True, True, True], [True, False, False]]
+
+
+def test_a_settled_row_ends_and_the_others_go_on(base: MLLM, tokenizer: Tokenizer) -> None:
+    generator = Generator(base, eos_id=tokenizer.eos_id, visual_ids=())
+    config = GenerationConfig(max_new_tokens=12, stop="eos", no_repeat_ngram_size=0)
+    prompts = [_prompt(tokenizer, base, 600 + i, 4, seed=i) for i in range(3)]
+    features = _features(base, 3)
+    free = [row.output_ids for row in generator.generate(prompts, features, config)]
+    marker = free[1][4]
+    held = generator.generate(prompts, features, config, is_settled=lambda ids: marker in ids)
+    for row, unlimited in zip(held, free, strict=True):
+        end = unlimited.index(marker) + 1 if marker in unlimited else len(unlimited)
+        assert row.output_ids == unlimited[:end]
+    assert len(held[1].output_ids) <= 5

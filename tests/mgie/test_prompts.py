@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from mgie.config import MAX_INSTRUCTION_CHARS
 from mgie.errors import PromptError
@@ -13,6 +15,7 @@ from mgie.prompts import (
     encode_answered,
     encode_question,
     generated_text,
+    is_settled,
     question,
 )
 from mgie.tiny.recipe import build_tokenizer
@@ -40,7 +43,11 @@ def test_data_question_asks_for_a_short_paragraph_after_two_spaces() -> None:
 def test_recorded_labels_are_reproduced_where_no_control_text_stands(reference_dir) -> None:  # type: ignore[no-untyped-def]
     tokenizer = Tokenizer.load(reference_dir / "llava").with_visual_tokens(8)
     rows = json.loads((reference_dir / "vectors.json").read_text())["label_table"]
-    plain = [row for row in rows if not any(mark in row["instruction"] + row["expressive"] for mark in ("<", "[IMG", "ASSISTANT"))]
+    plain = [
+        row
+        for row in rows
+        if not any(mark in row["instruction"] + row["expressive"] for mark in ("<", "[IMG", "ASSISTANT"))
+    ]
     assert len(plain) >= 4
     for row in plain:
         prompt = encode_answered(tokenizer, row["instruction"], row["expressive"], 16)
@@ -105,12 +112,43 @@ def test_cleaning(text: str, cleaned: str) -> None:
     assert clean_expressive(cleaned) == cleaned
 
 
+pieces = st.sampled_from(["a", " ", ".", "1", "2", "Red", "alternative", "ly", "\n", "☃", "s"])
+
+
+@given(st.lists(pieces, max_size=14).map("".join), st.lists(pieces, max_size=8).map("".join))
+@example("a 1. b 2.", "5 cm.")
+@example("a. alternative", "s. b. c")
+def test_nothing_written_after_a_settled_text_changes_its_cleaned_form(text: str, more: str) -> None:
+    if is_settled(text):
+        assert clean_expressive(text + more) == clean_expressive(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "settled"),
+    [
+        ("One. Two.", False),  # the last character may still turn out to stand in a number
+        ("One. Two. ", True),
+        ("One. Two 2.5", False),
+        ("One. Two 2.5. T", True),
+        ("One. . . Two", False),
+        ("One. Two.\ufffd", False),
+        ("The hat is red. Alternatively,", True),
+        ("The hat is red. Alternative", False),
+    ],
+)
+def test_text_is_settled_one_character_after_the_second_sentence(text: str, settled: bool) -> None:
+    assert is_settled(text) is settled
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "prompt is empty"),
         (" \n\t", "prompt is empty"),
-        ("x" * (MAX_INSTRUCTION_CHARS + 1), f"has {MAX_INSTRUCTION_CHARS + 1} characters; at most {MAX_INSTRUCTION_CHARS}"),
+        (
+            "x" * (MAX_INSTRUCTION_CHARS + 1),
+            f"has {MAX_INSTRUCTION_CHARS + 1} characters; at most {MAX_INSTRUCTION_CHARS}",
+        ),
         ("a\ud800b", "surrogate"),
     ],
 )
