@@ -9,19 +9,15 @@
 Weights are `.safetensors` or torch pickles, whole or in shards; pickles are read with `weights_only`, so
 nothing in them runs. Everything is checked before anything is written. Tensors then go from file to file one
 by one: the anonymous memory needed is about one tensor (one shard for pickles older than torch 1.6, which
-cannot be mapped). Values and dtypes are kept unless another dtype is asked for.
+cannot be mapped; UNet and VAE, small beside an LLM, as a whole when they are cast to another dtype). Values and dtypes are kept unless another dtype is asked for.
 
 Knows nothing of how bundles are loaded (`checkpoint.py`).
 """
 
 import functools
 import json
-import math
-import pickle
 import re
 import shutil
-import struct
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,8 +27,6 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
@@ -55,11 +49,11 @@ from mgie.edit_head import EditHead
 from mgie.errors import BundleError, ConfigError, ConversionError
 from mgie.images import ClipPixels
 from mgie.tokens import ADDED_FILE, IMAGE_TOKENS, MODEL_FILE, Tokenizer
+from mgie.weights import Report, TensorPlan, Weights, read_json, read_weights, write_sharded
 
 KeptDtype = Literal["keep", "float32", "float16", "bfloat16"]
 Progress = Callable[[int, int], None]
-_Report = Callable[[int], None]
-_Write = Callable[[BundleWriter, _Report], None]
+_Write = Callable[[BundleWriter, Report], None]
 
 DEFAULT_NUM_VISUAL_TOKENS = 8  # the paper's N: fewer than 4 hurt, more than 8 do not help
 DEFAULT_SHARD_BYTES = 2 * 10**9
@@ -92,10 +86,6 @@ _LICENCES = {
     "mgie": "MGIE: CC BY-NC for the weight differences, non-commercial",
     "summarizer": "summarizer: see its model card (Flan-T5: Apache-2.0)",
 }
-_SAFETENSORS_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _MAX_LISTED = 20  # problems named in one message
 
@@ -217,6 +207,7 @@ class _Conversion:
 
     def plan(self, sources: Sources, num_visual_tokens: int) -> None:
         """Reads the layouts and checks that all fits together; fills `parts`."""
+        _check_files(sources)
         condition_dim: int | None = None
         if sources.stable_diffusion is not None:
             condition_dim = self._diffusion(sources.stable_diffusion, sources)
@@ -229,22 +220,20 @@ class _Conversion:
 
     def _diffusion(self, folder: Path, sources: Sources) -> int:
         """Plans `unet`, `vae` and `scheduler`; returns the width C of the condition."""
-        _require_files(folder, f"unet/{_CONFIG}", f"vae/{_CONFIG}", f"scheduler/{_SCHEDULER}")
-        vae_config, scheduler = _read_json(folder / "vae" / _CONFIG), _read_json(folder / "scheduler" / _SCHEDULER)
+        vae_config, scheduler = read_json(folder / "vae" / _CONFIG), read_json(folder / "scheduler" / _SCHEDULER)
         try:
             NoiseSchedule(scheduler)
         except (BundleError, TypeError, ValueError, NotImplementedError) as error:
             raise ConversionError(f"{folder.name}/scheduler does not describe a noise schedule: {error}") from error
-        vae_weights = _Weights.find(folder / "vae")
+        vae_weights = Weights.find(folder / "vae")
         vae_weights.rename(_modern_vae_name)
         vae = _on_meta(AutoencoderKL.from_config, vae_config, "vae")
         self._module("vae", vae, vae_weights, lambda module: module)
 
         if sources.mgie is not None:
-            _require_files(sources.mgie, _MLLM_FILE, _UNET_FILE)
-            unet_weights = _Weights([sources.mgie / _UNET_FILE])
+            unet_weights = Weights([sources.mgie / _UNET_FILE])
         else:
-            unet_weights = _Weights.find(folder / "unet")
+            unet_weights = Weights.find(folder / "unet")
         latents = int(vae.config.latent_channels)
         channels = unet_weights.shape(_CONV_IN)[1:2]
         # Stable Diffusion's own UNet takes noisy latents only; it is widened where it will be trained.
@@ -255,16 +244,22 @@ class _Conversion:
                 f"it must take {' or '.join(map(str, allowed))}"
                 + ("" if sources.llava is not None else ": give the folder of InstructPix2Pix, not of Stable Diffusion")
             )
-        unet_config = _read_json(folder / "unet" / _CONFIG) | {"in_channels": channels[0]}
+        unet_config = read_json(folder / "unet" / _CONFIG) | {"in_channels": channels[0]}
         unet = _on_meta(UNet2DConditionModel.from_config, unet_config, "unet")
         if unet.config.out_channels != latents:
             raise ConversionError(f"the UNet gives {unet.config.out_channels} channels; the VAE has {latents}")
         if not isinstance(unet.config.cross_attention_dim, int):
-            raise ConversionError(f"unet: cross_attention_dim is {unet.config.cross_attention_dim}; it must be one number")
+            raise ConversionError(
+                f"unet: cross_attention_dim is {unet.config.cross_attention_dim}; it must be one number"
+            )
         self._module("unet", unet, unet_weights, lambda module: widen_input(module, 2 * latents))
         self.parts["scheduler"] = lambda writer, _report: writer.add_scheduler(scheduler)
 
         side = unet.config.sample_size
+        if side is None:
+            raise ConversionError(
+                f"{folder.name}/unet/{_CONFIG} has no sample_size, which says at what size the model works"
+            )
         height, width = (side, side) if isinstance(side, int) else side
         vae_factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
         unet_factor: int = 2 ** (len(unet.config.block_out_channels) - 1)
@@ -276,12 +271,11 @@ class _Conversion:
     def _text_encoder(self, folder: Path, condition_dim: int) -> None:
         """Plans `text_encoder`: InstructPix2Pix's own conditioner."""
         encoder, words = folder / "text_encoder", folder / "tokenizer"
-        _require_files(folder, f"text_encoder/{_CONFIG}", "tokenizer/tokenizer_config.json")
-        config = _model_config(CLIPTextConfig, _read_json(encoder / _CONFIG), "text_encoder")
+        config = _model_config(CLIPTextConfig, read_json(encoder / _CONFIG), "text_encoder")
         if config.hidden_size != condition_dim:
             raise ConversionError(f"the text encoder is {config.hidden_size} wide; the UNet reads {condition_dim}")
         expected = _prefixed(_expected(CLIPTextModel, config, "text_encoder"), "text_model.")
-        tensors = self._match("text_encoder", _Weights.find(encoder), expected)
+        tensors = self._match("text_encoder", Weights.find(encoder, prefix="text_model."), expected)
         tokenizer = _load_tokenizer(CLIPTokenizer, words)
         if len(tokenizer) != config.vocab_size:
             raise ConversionError(f"{words.name} has {len(tokenizer)} tokens; the text encoder has {config.vocab_size}")
@@ -290,26 +284,24 @@ class _Conversion:
 
     def _summarizer(self, folder: Path) -> None:
         """Plans `summarizer`."""
-        _require_files(folder, _CONFIG)
-        data = _read_json(folder / _CONFIG)
+        data = read_json(folder / _CONFIG)
         config = _model_config(T5Config, data, "summarizer")
         expected = _expected(T5ForConditionalGeneration, config, "summarizer")
         # Both stacks read shared.weight. The output layer is a matrix of its own in Flan-T5, in the first T5 it is
         # shared.weight too. transformers 5 calls both "tied" and goes by what is in the file, so it is kept if there.
         expected = {key: shape for key, shape in expected.items() if not key.endswith(".embed_tokens.weight")}
-        weights = _Weights.find(folder)
+        weights = Weights.find(folder)
         if data.get("tie_word_embeddings", True) and _LM_HEAD not in weights.specs:
             del expected[_LM_HEAD]
         tensors = self._match("summarizer", weights, expected)
         tokenizer = _load_tokenizer(AutoTokenizer, folder)
         # The configuration goes over as it is: transformers 5 would write tie_word_embeddings = true for every T5.
-        written = {key: value for key, value in data.items() if key not in ("_name_or_path", "auto_map")}
-        self._stream("summarizer", tensors, written, tokenizer)
+        written = {key: value for key, value in data.items() if key not in ("_name_or_path", "auto_map", "torch_dtype")}
+        self._stream("summarizer", tensors, written | {"dtype": _dtype_name(tensors)}, tokenizer)
 
     def _llava(self, llava: Path, clip: Path, mgie: Path | None, condition_dim: int | None, num_new: int) -> None:
         """Plans `tokenizer`, `vision`, `projector`, `llm`, and `edit_head` where there is a UNet to condition."""
-        _require_files(llava, _CONFIG, MODEL_FILE, ADDED_FILE)
-        data = _read_json(llava / _CONFIG)
+        data = read_json(llava / _CONFIG)
         config = _llama_config(data, llava.name)
         try:
             tokenizer = Tokenizer.load(llava)
@@ -322,7 +314,7 @@ class _Conversion:
         vision_width = self._vision(clip, select_layer=data.get("mm_vision_select_layer", -2))
         expected = _expected(LlamaForCausalLM, config, "llm")
         projector = {"weight": (config.hidden_size, vision_width), "bias": (config.hidden_size,)}
-        weights = _Weights.find(llava)
+        weights = Weights.find(llava)
         if (shape := weights.shape(f"{_PROJECTOR}weight")) not in ((), projector["weight"]):
             raise ConversionError(
                 f"the projector in {llava.name} maps {shape[-1]} -> {shape[0]}; "
@@ -365,29 +357,34 @@ class _Conversion:
 
     def _vision(self, clip: Path, *, select_layer: Any) -> int:
         """Plans `vision`; returns its width."""
-        _require_files(clip, _CONFIG, _PREPROCESSOR)
-        data, pixels = _read_json(clip / _CONFIG), _read_json(clip / _PREPROCESSOR)
+        data, pixels = read_json(clip / _CONFIG), read_json(clip / _PREPROCESSOR)
         if data.get("model_type") == "clip":
             config = _model_config(CLIPConfig, data, clip.name).vision_config
         elif data.get("model_type") == "clip_vision_model":
             config = _model_config(CLIPVisionConfig, data, clip.name)
         else:
-            raise ConversionError(f"{clip.name}: model_type is {data.get('model_type')!r}; it must be clip or clip_vision_model")
+            raise ConversionError(
+                f"{clip.name}: model_type is {data.get('model_type')!r}; it must be clip or clip_vision_model"
+            )
         try:
             side_px = ClipPixels(pixels).side_px
         except (ConfigError, TypeError, KeyError, ValueError) as error:
             raise ConversionError(f"{clip.name}/{_PREPROCESSOR} cannot be used: {error}") from error
         if side_px != config.image_size:
-            raise ConversionError(f"{clip.name}/{_PREPROCESSOR} crops to {side_px} px; the model takes {config.image_size} px")
+            raise ConversionError(
+                f"{clip.name}/{_PREPROCESSOR} crops to {side_px} px; the model takes {config.image_size} px"
+            )
         num_states = config.num_hidden_layers + 1
         if not isinstance(select_layer, int) or not -num_states <= select_layer < num_states:
-            raise ConversionError(f"mm_vision_select_layer is {select_layer}; {clip.name} has {num_states} hidden states")
+            raise ConversionError(
+                f"mm_vision_select_layer is {select_layer}; {clip.name} has {num_states} hidden states"
+            )
         expected = _prefixed(_expected(CLIPVisionModel, config, "vision"), "vision_model.")
-        tensors = self._match("vision", _Weights.find(clip), expected)
+        tensors = self._match("vision", Weights.find(clip, prefix="vision_model."), expected)
         self._stream("vision", tensors, _config_json(config, CLIPVisionModel, tensors))
         add_weights = self.parts["vision"]
 
-        def write(writer: BundleWriter, report: _Report) -> None:
+        def write(writer: BundleWriter, report: Report) -> None:
             writer.add_clip_pixels(pixels)
             add_weights(writer, report)
 
@@ -397,9 +394,9 @@ class _Conversion:
         width: int = config.hidden_size
         return width
 
-    def _published_mgie(self, mgie: Path, llm_dim: int, condition_dim: int) -> "list[_TensorPlan]":
+    def _published_mgie(self, mgie: Path, llm_dim: int, condition_dim: int) -> "list[TensorPlan]":
         """Plans `edit_head`; returns the trained word embeddings and LM head."""
-        weights = _Weights([mgie / _MLLM_FILE])
+        weights = Weights([mgie / _MLLM_FILE])
         given = {key.removeprefix(_EDIT_HEAD): t for key, t in weights.specs.items() if key.startswith(_EDIT_HEAD)}
         try:
             head = EditHead.infer_config({key: torch.empty(spec.shape, device="meta") for key, spec in given.items()})
@@ -421,10 +418,12 @@ class _Conversion:
 
     def _check_emb(self, file: Path, num_visual_tokens: int) -> None:
         """`emb`, where present, must be the last N word embeddings: that is what the bundle will use."""
-        tensors = _read_weights(file)
+        tensors = read_weights(file)
         rows = tensors[_EMBEDDINGS][-num_visual_tokens:]
         emb = tensors.get("emb")
-        if emb is not None and (emb.numel() != rows.numel() or not torch.equal(emb.reshape(rows.shape).to(rows.dtype), rows)):
+        if emb is not None and (
+            emb.numel() != rows.numel() or not torch.equal(emb.reshape(rows.shape).to(rows.dtype), rows)
+        ):
             raise ConversionError(
                 f"`emb` {tuple(emb.shape)} in {file.name} is not the last {num_visual_tokens} rows of {_EMBEDDINGS}"
             )
@@ -435,7 +434,7 @@ class _Conversion:
             head = EditHead(llm_dim=llm_dim, condition_dim=condition_dim).to(dtype=self._dtype or torch.float32)
         num_bytes = sum(value.nbytes for value in head.state_dict().values())
 
-        def write(writer: BundleWriter, report: _Report) -> None:
+        def write(writer: BundleWriter, report: Report) -> None:
             writer.add_edit_head(head.config, head.state_dict())
             report(num_bytes)
 
@@ -443,7 +442,7 @@ class _Conversion:
         self.num_bytes += num_bytes
         self.dimensions["condition_tokens"] = head.config["num_queries"]
 
-    def _with_new_rows(self, tensor: "_TensorPlan", num_rows: int) -> "_TensorPlan":
+    def _with_new_rows(self, tensor: "TensorPlan", num_rows: int) -> "TensorPlan":
         """Word embeddings and LM head get rows for the visual tokens; every other tensor stays."""
         if tensor.name not in (_EMBEDDINGS, _LM_HEAD):
             return tensor
@@ -456,8 +455,8 @@ class _Conversion:
         )
 
     def _match(
-        self, part: Part, weights: "_Weights", expected: Mapping[str, tuple[int, ...]], *, also: Sequence[str] = ()
-    ) -> "list[_TensorPlan]":
+        self, part: Part, weights: "Weights", expected: Mapping[str, tuple[int, ...]], *, also: Sequence[str] = ()
+    ) -> "list[TensorPlan]":
         """The tensors that the part needs, in file order.
 
         Raises:
@@ -479,35 +478,37 @@ class _Conversion:
             more = f"; and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
             raise ConversionError(f"{weights.label} does not fit: {'; '.join(problems[:_MAX_LISTED])}{more}")
         return [
-            _TensorPlan(key, spec.key, spec.file, spec.shape, self._dtype_for(spec.dtype)) for key, spec in given.items()
+            TensorPlan(key, spec.key, spec.file, spec.shape, self._dtype_for(spec.dtype)) for key, spec in given.items()
         ]
 
     def _dtype_for(self, dtype: torch.dtype) -> torch.dtype:
         return self._dtype if self._dtype is not None and dtype.is_floating_point else dtype
 
     def _stream(
-        self, part: Part, tensors: "Sequence[_TensorPlan]", config: Mapping[str, Any] | None, tokenizer: Any = None
+        self, part: Part, tensors: "Sequence[TensorPlan]", config: Mapping[str, Any] | None, tokenizer: Any = None
     ) -> None:
         """Plans a part whose tensors go from file to file."""
+        # Our own small parts are one file each; those that transformers reads may be many.
+        max_shard_bytes = None if part in ("projector", "edit_head") else self._max_shard_bytes
 
-        def write(writer: BundleWriter, report: _Report) -> None:
+        def write(writer: BundleWriter, report: Report) -> None:
             folder = writer.folder(part)
             if config is not None:
                 (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-            _write_sharded(folder, tensors, self._max_shard_bytes, report)
+            write_sharded(folder, tensors, max_shard_bytes, report)
 
         self.parts[part] = write
         self.num_bytes += sum(tensor.num_bytes for tensor in tensors)
 
-    def _module(self, part: Part, module: Any, weights: "_Weights", change: Callable[[Any], Any]) -> None:
+    def _module(self, part: Part, module: Any, weights: "Weights", change: Callable[[Any], Any]) -> None:
         """Plans a diffusers part: loaded as a whole (mapped, not copied), changed, and saved by its library."""
         tensors = self._match(part, weights, _shapes(module))
         num_bytes = sum(tensor.num_bytes for tensor in tensors)
 
-        def write(writer: BundleWriter, report: _Report) -> None:
-            files = {file: _read_weights(file) for file in dict.fromkeys(tensor.file for tensor in tensors)}
+        def write(writer: BundleWriter, report: Report) -> None:
+            files = {file: read_weights(file) for file in dict.fromkeys(tensor.file for tensor in tensors)}
             module.load_state_dict({t.name: t.cast(files[t.file][t.key]) for t in tensors}, assign=True)
             writer.add_pretrained(part, change(module))
             report(num_bytes)
@@ -536,203 +537,6 @@ def append_token_rows(weight: Float[Tensor, "V D"], *, num_rows: int, seed: int)
     return torch.cat([weight, (mean + 0.1 * deviation * noise).to(weight.dtype)])
 
 
-# --- reading weight files -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Spec:
-    """What a tensor in a file is, without its values."""
-
-    key: str
-    file: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-class _Weights:
-    """The tensors in the files of one checkpoint, by name.
-
-    Raises:
-        ConversionError: A file cannot be read, or two of them hold the same tensor.
-    """
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        first = files[0]
-        self.label = f"{first.parent.name}/{first.name}" if len(files) == 1 else first.parent.name
-        self.specs: dict[str, _Spec] = {}
-        for file in files:
-            for key, tensor in _read_weights(file).items():
-                if key in self.specs:
-                    raise ConversionError(f"{key} is in both {self.specs[key].file.name} and {file.name}")
-                self.specs[key] = _Spec(key, file, tuple(tensor.shape), tensor.dtype)
-
-    @classmethod
-    def find(cls, folder: Path) -> "_Weights":
-        """The weights of a transformers or diffusers folder; safetensors first, which need no unpickling."""
-        names = [
-            f"{stem}.{suffix}"
-            for stem, suffix in (
-                ("model", "safetensors"),
-                ("diffusion_pytorch_model", "safetensors"),
-                ("pytorch_model", "bin"),
-                ("diffusion_pytorch_model", "bin"),
-            )
-        ]
-        for name in names:
-            if (folder / name).is_file():
-                return cls([folder / name])
-            if (folder / f"{name}.index.json").is_file():
-                return cls(_shard_files(folder / f"{name}.index.json"))
-        raise ConversionError(f"{folder} has no weights; looked for {', '.join(names)}, whole or with .index.json")
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a tensor; () if there is none of that name."""
-        return self.specs[key].shape if key in self.specs else ()
-
-    def rename(self, rule: Callable[[str], str]) -> None:
-        """Gives every tensor another name."""
-        self.specs = {rule(key): spec for key, spec in self.specs.items()}
-
-
-def _shard_files(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(_read_json(index)["weight_map"].values()))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ConversionError(f"{index} has no weight_map") from error
-    if bad := [name for name in names if Path(name).name != name]:
-        raise ConversionError(f"{index} lists {bad[0]!r}; shards must lie beside it")
-    _require_files(index.parent, *names)
-    return [index.parent / name for name in names]
-
-
-def _read_weights(file: Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` file or a torch pickle; mapped, so that values are read when used.
-
-    Raises:
-        ConversionError: It is missing or damaged, or a pickle that holds anything but tensors.
-    """
-    label = f"{file.parent.name}/{file.name}"
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        # Pickles that torch wrote before 1.6 are no zip archives; they can only be read as a whole.
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except FileNotFoundError as error:
-        raise ConversionError(f"{file} is missing") from error
-    except pickle.UnpicklingError as error:
-        if name := re.search(r"GLOBAL (\S+)", str(error)):
-            raise ConversionError(f"{label} is refused: its pickle calls {name[1]}, which is no tensor") from error
-        raise ConversionError(f"{label} is damaged or no weight file: it cannot be unpickled") from error
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, SafetensorError) as error:
-        raise ConversionError(f"{label} is damaged or no weight file: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ConversionError(f"{label} is not a plain state dict: every value must be a tensor")
-    return content
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{path} cannot be read: {error}") from error
-    if not isinstance(data, dict):
-        raise ConversionError(f"{path} holds a {type(data).__name__}; it must be an object")
-    return data
-
-
-def _require_files(folder: Path, *names: str) -> None:
-    if not folder.is_dir():
-        raise ConversionError(f"{folder} is not a folder")
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise ConversionError(f"{folder} lacks {', '.join(missing)}")
-
-
-# --- writing safetensors as a stream --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _TensorPlan:
-    """A tensor to be written, and where its values come from."""
-
-    name: str
-    key: str
-    file: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    change: Callable[[Tensor], Tensor] | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def cast(self, tensor: Tensor) -> Tensor:
-        """`tensor` in the dtype to be written.
-
-        Raises:
-            ConversionError: A value does not fit into it.
-        """
-        if tensor.dtype == self.dtype:
-            return tensor
-        cast = tensor.to(self.dtype)
-        if bool(torch.isinf(cast).any()) and not bool(torch.isinf(tensor).any()):
-            raise ConversionError(f"{self.name} has values that are too large for {self.dtype}: choose another dtype")
-        return cast
-
-
-def _write_sharded(
-    folder: Path, tensors: Sequence[_TensorPlan], max_shard_bytes: int, report: _Report
-) -> None:
-    """Writes `model.safetensors`, or `model-0000x-of-0000n.safetensors` and an index, as transformers reads them."""
-    shards: list[list[_TensorPlan]] = [[]]
-    for tensor in tensors:
-        if shards[-1] and sum(t.num_bytes for t in shards[-1]) + tensor.num_bytes > max_shard_bytes:
-            shards.append([])
-        shards[-1].append(tensor)
-    if len(shards) == 1:
-        _write_safetensors(folder / "model.safetensors", shards[0], report)
-        return
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards, start=1):
-        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        _write_safetensors(folder / name, shard, report)
-        weight_map |= {tensor.name: name for tensor in shard}
-    index = {"metadata": {"total_size": sum(tensor.num_bytes for tensor in tensors)}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_safetensors(path: Path, tensors: Sequence[_TensorPlan], report: _Report) -> None:
-    """One safetensors file, tensor by tensor; only one source file is open (mapped) at a time.
-
-    The format: length of the header (8 bytes, little endian), JSON header padded with spaces to a multiple of
-    8 bytes, values. The library's own writer takes all tensors at once.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file that does not say so
-    offset = 0
-    for tensor in tensors:
-        end = offset + tensor.num_bytes
-        header[tensor.name] = {
-            "dtype": _SAFETENSORS_DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    opened: Path | None = None
-    content: dict[str, Tensor] = {}
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)))
-        file.write(encoded)
-        for tensor in tensors:
-            if tensor.file != opened:
-                content = {}  # unmapped before the next is opened
-                content, opened = _read_weights(tensor.file), tensor.file
-            value = content[tensor.key]
-            value = tensor.cast(value if tensor.change is None else tensor.change(value))
-            file.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            report(tensor.num_bytes)
-
-
 # --- layouts --------------------------------------------------------------------------------------------------
 
 
@@ -752,6 +556,28 @@ def _check_combination(sources: Sources) -> None:
             + "; and summarizer alone or beside them",
             param="sources",
         )
+
+
+def _check_files(sources: Sources) -> None:
+    """Names everything that is missing at once: these folders come from several places and take hours to fetch."""
+    needed: dict[str, tuple[str, ...]] = {
+        "llava": (_CONFIG, MODEL_FILE, ADDED_FILE),
+        "clip": (_CONFIG, _PREPROCESSOR),
+        "stable_diffusion": (f"unet/{_CONFIG}", f"vae/{_CONFIG}", f"scheduler/{_SCHEDULER}"),
+        "mgie": (_MLLM_FILE, _UNET_FILE),
+        "summarizer": (_CONFIG,),
+    }
+    if sources.llava is None:
+        needed["stable_diffusion"] += (f"text_encoder/{_CONFIG}", "tokenizer/tokenizer_config.json")
+    problems = []
+    for field, folder in sources.given().items():
+        missing = [name for name in needed[field] if not (folder / name).is_file()]
+        if not folder.is_dir():
+            problems.append(f"{folder} is not a folder")
+        elif missing:
+            problems.append(f"{folder} lacks {', '.join(missing)}")
+    if problems:
+        raise ConversionError("; ".join(problems))
 
 
 def _check_space(out: Path, num_bytes: int) -> None:
@@ -785,6 +611,8 @@ def _llama_config(data: Mapping[str, Any], label: str) -> LlamaConfig:
 
 
 def _model_config(kind: Any, data: Mapping[str, Any], label: str) -> Any:
+    if data.get("model_type", kind.model_type) != kind.model_type:
+        raise ConversionError(f"{label}: model_type is {data['model_type']!r}; it must be {kind.model_type!r}")
     try:
         config = kind.from_dict(dict(data))
     except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError) as error:
@@ -792,12 +620,16 @@ def _model_config(kind: Any, data: Mapping[str, Any], label: str) -> Any:
     return config
 
 
-def _config_json(config: Any, kind: Any, tensors: Sequence[_TensorPlan]) -> dict[str, Any]:
+def _config_json(config: Any, kind: Any, tensors: Sequence[TensorPlan]) -> dict[str, Any]:
     """What goes into a part's config.json: the class and dtype of what is written, no machine paths."""
     data: dict[str, Any] = config.to_dict()
-    data |= {"architectures": [kind.__name__], "dtype": str(tensors[0].dtype).removeprefix("torch.")}
+    data |= {"architectures": [kind.__name__], "dtype": _dtype_name(tensors)}
     data.pop("_name_or_path", None)
     return data
+
+
+def _dtype_name(tensors: Sequence[TensorPlan]) -> str:
+    return str(tensors[0].dtype).removeprefix("torch.")
 
 
 def _on_meta(build: Callable[[Any], Any], config: Any, label: str) -> Any:
@@ -820,11 +652,11 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _prefixed(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> dict[str, tuple[int, ...]]:
-    """Version 5 of transformers leaves CLIP's prefix out of its names; published files have it, and both are read."""
+    """Version 5 of transformers leaves CLIP's prefix out of its names; published files have it, and a bundle keeps it."""
     return {prefix + key.removeprefix(prefix): shape for key, shape in shapes.items()}
 
 
-def _under(prefix: str, tensors: Sequence[_TensorPlan]) -> list[_TensorPlan]:
+def _under(prefix: str, tensors: Sequence[TensorPlan]) -> list[TensorPlan]:
     """The tensors whose names begin so, without it."""
     return [replace(t, name=t.name.removeprefix(prefix)) for t in tensors if t.name.startswith(prefix)]
 
@@ -841,5 +673,3 @@ def _load_tokenizer(kind: Any, folder: Path) -> Any:
         return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ConversionError(f"the tokenizer in {folder} cannot be read: {error}") from error
-
-
