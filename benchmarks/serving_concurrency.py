@@ -1,0 +1,136 @@
+"""Many edits at once: the greedy batcher against the same stages one edit at a time.
+
+Both in one run, in one process, over the real stages; results are compared pixel by pixel. The last line is
+JSON: seconds until all edits are answered, and how many times faster batching is.
+"""
+
+import asyncio
+import dataclasses
+import io
+import json
+import statistics
+import time
+
+import numpy as np
+import tyro
+
+from mgie.images import center_square, read_image, resize
+from serving.demo import draw_landscape
+from serving.ingress import EditOutcome, InProcessBackend
+from serving.schema import EditCall
+from serving.stages import DiffusionStage, MLLMStage
+
+SIZES = ((320, 320), (400, 256), (256, 400), (480, 200))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """What to measure."""
+
+    bundle: str = "tiny"
+    "as `mgie.bundles.open_bundle` takes it"
+    device: str = "cpu"
+    "auto, cpu, cuda, ..."
+    num_edits: int = 64
+    "edits sent at once, in turn of four sizes"
+    steps: int = 10
+    "denoising steps of each"
+    max_batch_size: int = 8
+    "largest batch of each stage; the reference has 1"
+    num_threads: int = 1
+    "of torch"
+
+
+def make_calls(config: BenchmarkConfig) -> list[EditCall]:
+    """Edits of mixed sizes, each with its own words and seed."""
+    landscape = center_square(read_image(draw_landscape()))
+    photos = []
+    for size in SIZES:
+        out = io.BytesIO()
+        resize(landscape, size).save(out, "JPEG")
+        photos.append(out.getvalue())
+    return [
+        EditCall(
+            image=photos[i % len(photos)],
+            instruction=f"make it {'very ' * (i % 5)}dark",
+            expressive=None,
+            overrides={"steps": config.steps},
+            seed=i,
+            output_format="png",
+            output_quality=None,
+        )
+        for i in range(config.num_edits)
+    ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """One way of serving all the edits."""
+
+    outcomes: list[EditOutcome]
+    latencies_s: list[float]
+    total_s: float
+    mean_batch_sizes: tuple[float, float]
+    "of the MLLM and the diffusion stage"
+
+
+async def serve_all(config: BenchmarkConfig, calls: list[EditCall], *, max_batch_size: int) -> Run:
+    """Sends all edits at once to fresh stages."""
+    given = {"device": config.device, "max_batch_size": max_batch_size, "num_threads": config.num_threads}
+    mllm, diffusion = MLLMStage(config.bundle, **given), DiffusionStage(config.bundle, **given)
+    backend = InProcessBackend(mllm, diffusion)
+    await backend.edit(calls[0])  # warm
+    warm = await backend.stats()
+    started_s = time.perf_counter()
+
+    async def one(call: EditCall) -> tuple[EditOutcome, float]:
+        outcome = await backend.edit(call)
+        return outcome, time.perf_counter() - started_s
+
+    answered = await asyncio.gather(*(one(call) for call in calls))
+    total_s = time.perf_counter() - started_s
+    done = await backend.stats()
+    mean_batch_sizes = tuple(
+        (after.batches.num_items - before.batches.num_items) / (after.batches.num_batches - before.batches.num_batches)
+        for after, before in ((done.mllm, warm.mllm), (done.diffusion, warm.diffusion))
+    )
+    mllm.close()
+    diffusion.close()
+    outcomes, latencies_s = zip(*answered, strict=True)
+    return Run(
+        outcomes=list(outcomes), latencies_s=list(latencies_s), total_s=total_s, mean_batch_sizes=mean_batch_sizes
+    )
+
+
+def main(config: BenchmarkConfig) -> None:
+    """Measures both ways and prints the figures."""
+    calls = make_calls(config)
+    runs = {
+        "one at a time": asyncio.run(serve_all(config, calls, max_batch_size=1)),
+        "greedy batcher": asyncio.run(serve_all(config, calls, max_batch_size=config.max_batch_size)),
+    }
+    print(f"{config.num_edits} edits at once, {len(SIZES)} sizes, {config.steps} steps, {config.device}")
+    for name, run in runs.items():
+        mllm, diffusion = run.mean_batch_sizes
+        print(
+            f"{name:>15}: all after {run.total_s:6.2f} s, median {statistics.median(run.latencies_s):6.2f} s, "
+            f"mean batch MLLM {mllm:.2f}, diffusion {diffusion:.2f}"
+        )
+    worst = 0
+    for one, batched in zip(*(run.outcomes for run in runs.values()), strict=True):
+        pixels = [np.asarray(read_image(outcome.rendered.data)).astype(int) for outcome in (one, batched)]
+        worst = max(worst, int(np.abs(pixels[0] - pixels[1]).max()))
+    print(f"largest difference of a pixel between the two: {worst} of 255")
+    reference, ours = (run.total_s for run in runs.values())
+    figures = {
+        "name": "serving_concurrency",
+        "unit": "s",
+        "ours": ours,
+        "reference": reference,
+        "ratio": reference / ours,
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(BenchmarkConfig))

@@ -1,0 +1,290 @@
+"""The application: two separately autoscaled stages behind an HTTP ingress on Ray Serve. Composition only.
+
+`serve run serving.app bundle=... device=cuda mllm_num_gpus=1 diffusion_num_gpus=1`; every `ServingArgs`
+field is such a `key=value`.
+
+The way of an edit: the ingress puts the photo into the object store once and sends the reference to both
+stages; the guidance that the MLLM stage returns goes to the diffusion stage by reference too.
+"""
+
+import asyncio
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from ray import serve
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.serve.config import AutoscalingConfig
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
+
+from mgie.bundles import open_bundle
+from mgie.config import DIFFUSION_PARTS, MLLM_PARTS, TEXT_PARTS, ImageLimits
+from serving.ingress import (
+    READY_TIMEOUT_S,
+    EditOutcome,
+    ServiceStats,
+    StageUnavailableError,
+    build_api,
+    render_arguments,
+    same_bundle,
+)
+from serving.schema import EditCall
+from serving.stages import BundleInfo, DiffusionStage, MLLMStage, StageStats
+
+MAX_STAGE_RETRIES = 2  # one for the replica that died, one for another that was about to
+MAX_OPEN_REQUESTS = 1000  # of one ingress replica, which only waits
+DRAIN_SLACK_S = 10.0  # between the deadline of an edit and the moment at which a draining replica is stopped
+DRAIN_POLL_S = 0.5  # how often a draining replica looks whether it is done
+RESOURCE_SHARE = 0.001  # of a node's custom resource: it marks nodes and limits nothing
+
+logger = logging.getLogger("serving.app")
+
+_LOST = (RayActorError, ObjectLostError)  # the replica died or is cut off; an argument was lost with its node
+
+
+class ServingArgs(BaseModel):
+    """Arguments of the application builder."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bundle: str = Field("tiny", description="Folder, hub id, s3:// address, or the name of an embedded bundle")
+    device: str = Field("auto", description="auto, cpu, mps, cuda or cuda:N")
+    dtype: str = Field("auto", description="auto, float32, float16 or bfloat16")
+    timeout_s: float = Field(300.0, gt=0, description="Deadline of an edit; then it is given up with status 504")
+    max_image_bytes: int = Field(ImageLimits().max_bytes, ge=1, description="Largest photo, encoded")
+    max_image_pixels: int = Field(ImageLimits().max_pixels, ge=1, description="Largest photo, width x height")
+
+    ingress_replicas: int = Field(1, ge=1, description="Replicas of the ingress, which does no heavy work")
+
+    mllm_num_gpus: float = Field(0.0, ge=0, description="GPUs of one MLLM replica; may be a fraction")
+    # Small by default: everything, with two replicas of each stage, starts on two CPUs.
+    mllm_num_cpus: float = Field(0.2, ge=0, description="CPUs that Ray sets aside for one MLLM replica")
+    mllm_num_threads: int = Field(1, ge=1, description="Threads of torch in one MLLM replica")
+    mllm_resource: str | None = Field(None, description="Custom resource of the nodes that may run the MLLM stage")
+    mllm_max_batch_size: int = Field(8, ge=1, description="Largest MLLM batch")
+    mllm_min_replicas: int = Field(1, ge=0, description="Fewest MLLM replicas")
+    mllm_max_replicas: int = Field(2, ge=1, description="Most MLLM replicas")
+    mllm_target_ongoing_requests: float = Field(
+        8.0, gt=0, description="Edits that one MLLM replica should have; above it another is started"
+    )
+
+    diffusion_num_gpus: float = Field(0.0, ge=0, description="GPUs of one diffusion replica; may be a fraction")
+    diffusion_num_cpus: float = Field(0.2, ge=0, description="CPUs that Ray sets aside for one diffusion replica")
+    diffusion_num_threads: int = Field(1, ge=1, description="Threads of torch in one diffusion replica")
+    diffusion_resource: str | None = Field(
+        None, description="Custom resource of the nodes that may run the diffusion stage"
+    )
+    diffusion_max_batch_size: int = Field(8, ge=1, description="Largest diffusion batch")
+    diffusion_min_replicas: int = Field(1, ge=0, description="Fewest diffusion replicas")
+    diffusion_max_replicas: int = Field(2, ge=1, description="Most diffusion replicas")
+    diffusion_target_ongoing_requests: float = Field(
+        8.0, gt=0, description="Edits that one diffusion replica should have; above it another is started"
+    )
+
+    max_ongoing_requests: int = Field(
+        64,
+        ge=1,
+        description="Edits that one stage replica accepts; those beyond its batch wait inside, ready to be batched",
+    )
+    upscale_delay_s: float = Field(10.0, ge=0, description="How long load must last before a replica is added")
+    downscale_delay_s: float = Field(300.0, ge=0, description="How long load must be gone before a replica is removed")
+    look_back_period_s: float = Field(15.0, gt=0, description="Time over which the autoscaler averages the load")
+    metrics_interval_s: float = Field(2.0, gt=0, description="How often the load is reported to the autoscaler")
+    health_check_period_s: float = Field(2.0, gt=0, description="How soon a dead replica is noticed and replaced")
+
+    @model_validator(mode="after")
+    def _check_replicas(self) -> "ServingArgs":
+        for stage in ("mllm", "diffusion"):
+            fewest, most = getattr(self, f"{stage}_min_replicas"), getattr(self, f"{stage}_max_replicas")
+            if fewest > most:
+                raise ValueError(f"{stage}_min_replicas is {fewest}; it must be at most {stage}_max_replicas, {most}")
+            if self.device.startswith("cuda") and getattr(self, f"{stage}_num_gpus") == 0:
+                raise ValueError(
+                    f"device is {self.device}, but {stage}_num_gpus is 0: Ray would hide every GPU from it"
+                )
+        return self
+
+    @property
+    def limits(self) -> ImageLimits:
+        """What an input image may be."""
+        return ImageLimits(max_bytes=self.max_image_bytes, max_pixels=self.max_image_pixels)
+
+
+class HandleBackend:
+    """Edits through the handles of the two stages; the `EditBackend` of a running service."""
+
+    def __init__(self, mllm: DeploymentHandle[MLLMStage], diffusion: DeploymentHandle[DiffusionStage]) -> None:
+        self._mllm = mllm
+        self._diffusion = diffusion
+
+    async def edit(self, call: EditCall) -> EditOutcome:
+        """See `EditBackend`."""
+        image = ray.put(call.image)
+        mllm = await _call(lambda _: self._mllm.derive.remote(image, call.instruction, call.expressive))
+        # Awaited, though a handle accepts unfinished arguments: the words are part of the answer, a failure belongs to
+        # its stage, and only finished derivations may count as load of the diffusion stage. (Ray 2.60 sees to the last
+        # point by itself: it queues a call when its arguments are there.)
+        diffusion = await _call(
+            lambda retry: self._diffusion.render.remote(
+                image,
+                # By reference. After a failure by value: the node that held the object may be gone.
+                mllm.result if retry else mllm.response,
+                **render_arguments(call),
+            )
+        )
+        return EditOutcome(
+            derived=mllm.result,
+            rendered=diffusion.result,
+            retries={"mllm": mllm.num_retries, "diffusion": diffusion.num_retries},
+        )
+
+    async def info(self) -> BundleInfo:
+        """See `EditBackend`."""
+        mllm, diffusion = await asyncio.gather(
+            _call(lambda _: self._mllm.info.remote()), _call(lambda _: self._diffusion.info.remote())
+        )
+        return same_bundle(mllm.result, diffusion.result)
+
+    async def stats(self) -> ServiceStats:
+        """See `EditBackend`."""
+        mllm, diffusion, status = await asyncio.gather(
+            _stats_of(self._mllm), _stats_of(self._diffusion), asyncio.to_thread(serve.status)
+        )
+        deployments = status.applications[serve.get_replica_context().app_name].deployments
+        # Plain strings, though Serve's types promise its enumeration.
+        replicas = {
+            name: {str(getattr(state, "value", state)): number for state, number in details.replica_states.items()}
+            for name, details in deployments.items()
+        }
+        return ServiceStats(mllm=mllm, diffusion=diffusion, replicas=replicas)
+
+
+@dataclass(frozen=True)
+class _Called:
+    result: Any
+    response: DeploymentResponse[Any]
+    "stands for the result as an argument, by reference"
+    num_retries: int
+
+
+async def _call(send: Callable[[int], Any]) -> _Called:
+    """Awaits a stage call and repeats it when the replica dies under it; calls are seeded, so nothing changes.
+
+    Args:
+        send: Sends the call and returns Serve's response; gets the number of the try, from 0.
+
+    Raises:
+        StageUnavailableError: Replicas died on every try.
+        Exception: What the stage itself raised, as it raised it.
+    """
+    for retry in range(MAX_STAGE_RETRIES + 1):
+        response: DeploymentResponse[Any] = send(retry)
+        try:
+            return _Called(await response, response, retry)
+        except asyncio.CancelledError:
+            response.cancel()  # else the stage would go on for nobody
+            raise
+        except RayTaskError as error:
+            if not isinstance(error.cause, _LOST):
+                raise error.cause from None  # Ray's wrapper would hide the class that the error table looks for
+            logger.warning("a stage call lost its input and is repeated: %s", error.cause)
+        except _LOST as error:
+            logger.warning("a stage replica died under a call, which is repeated: %s", error)
+    raise StageUnavailableError(f"replicas died under each of {MAX_STAGE_RETRIES + 1} tries")
+
+
+async def _stats_of(stage: DeploymentHandle[Any]) -> StageStats | None:
+    try:
+        async with asyncio.timeout(READY_TIMEOUT_S):
+            stats: StageStats = (await _call(lambda _: stage.stats.remote())).result
+    except (TimeoutError, StageUnavailableError):
+        return None
+    return stats
+
+
+@serve.ingress()
+class Ingress:
+    """The HTTP side of the application."""
+
+    def __init__(
+        self, args: ServingArgs, mllm: DeploymentHandle[MLLMStage], diffusion: DeploymentHandle[DiffusionStage]
+    ) -> None:
+        self._args = args
+        self._backend = HandleBackend(mllm, diffusion)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Serve in the replica, after the constructor."""
+        # Serve's proxy puts x-request-id on every answer itself.
+        return build_api(self._backend, timeout_s=self._args.timeout_s, limits=self._args.limits, adds_request_id=False)
+
+
+def app(args: ServingArgs) -> serve.Application:
+    """Builds the application; `serve run serving.app key=value ...` calls it.
+
+    Raises:
+        BundleError: The bundle cannot be opened, or lacks a part that a stage needs.
+    """
+    # Here already, so that a wrong name fails at once and an embedded bundle is built before replicas race for it.
+    config = open_bundle(args.bundle).config
+    config.require((*(MLLM_PARTS if config.conditioner == "mllm" else TEXT_PARTS), *DIFFUSION_PARTS))
+    drain_s = args.timeout_s + DRAIN_SLACK_S  # longer than the longest edit
+    common: dict[str, Any] = {
+        "max_ongoing_requests": args.max_ongoing_requests,
+        "graceful_shutdown_timeout_s": drain_s,
+        "graceful_shutdown_wait_loop_s": DRAIN_POLL_S,
+        "health_check_period_s": args.health_check_period_s,
+    }
+
+    def stage(kind: type[MLLMStage | DiffusionStage], name: str) -> serve.Application:
+        def given(setting: str) -> Any:
+            return getattr(args, f"{name}_{setting}")
+
+        deployment = serve.deployment(
+            name=kind.__name__,
+            autoscaling_config=_autoscaling(
+                args,
+                min_replicas=given("min_replicas"),
+                max_replicas=given("max_replicas"),
+                target_ongoing_requests=given("target_ongoing_requests"),
+            ),
+            ray_actor_options={
+                "num_cpus": given("num_cpus"),
+                "num_gpus": given("num_gpus"),
+                "resources": {given("resource"): RESOURCE_SHARE} if given("resource") else {},
+            },
+            **common,
+        )(kind)
+        return deployment.bind(
+            args.bundle,
+            device=args.device,
+            dtype=args.dtype,
+            max_batch_size=given("max_batch_size"),
+            num_threads=given("num_threads"),
+            limits=args.limits,
+        )
+
+    ingress = serve.deployment(
+        name="Ingress",
+        num_replicas=args.ingress_replicas,
+        ray_actor_options={"num_cpus": 0},
+        **common | {"max_ongoing_requests": MAX_OPEN_REQUESTS},
+    )(Ingress)
+    return ingress.bind(args, stage(MLLMStage, "mllm"), stage(DiffusionStage, "diffusion"))
+
+
+def _autoscaling(args: ServingArgs, **stage: Any) -> AutoscalingConfig:
+    with warnings.catch_warnings():
+        # Announced to become an environment variable, which Ray 2.60 does not read yet: can go when it does.
+        warnings.filterwarnings("ignore", message="The `metrics_interval_s` field", category=DeprecationWarning)
+        return AutoscalingConfig(
+            upscale_delay_s=args.upscale_delay_s,
+            downscale_delay_s=args.downscale_delay_s,
+            look_back_period_s=args.look_back_period_s,
+            metrics_interval_s=args.metrics_interval_s,
+            **stage,
+        )

@@ -1,0 +1,348 @@
+"""The HTTP contract as types: the form of an edit, its answer, its errors, and the limits.
+
+The form model is the only place where a parameter's type, range and default stand; the OpenAPI document
+and the error messages are derived from it. Knows nothing of routes, stages or Ray.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
+from pydantic.functional_validators import AfterValidator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
+
+from mgie.config import MAX_GUIDANCE_SCALE, MAX_INSTRUCTION_CHARS, MAX_SEED, MAX_STEPS, Sampler
+from mgie.editor import random_seed
+from mgie.errors import MGIEError
+from mgie.images import OutputFormat
+
+MAX_IMAGES = 16  # what the OpenAI SDK may send in a list; one is used, more get an error that says so
+MAX_FIELDS = 64
+MAX_FIELD_BYTES = 4 * MAX_INSTRUCTION_CHARS + 65_536  # a too long prompt still gets the error that names it
+FORM_OVERHEAD_BYTES = 1_048_576  # what a form may hold besides its image
+
+MAX_SHOWN_CHARS = 80  # of a bad value in an error message
+
+
+class RequestError(MGIEError):
+    """The HTTP request asks for something that is not allowed (400).
+
+    Args:
+        message: One sentence: the parameter, the value got, the value allowed.
+        param: The parameter at fault.
+        code: Machine-readable reason.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, code: str = "invalid_value") -> None:
+        super().__init__(message, param=param)
+        self.code = code
+
+
+class UnknownModelError(RequestError):
+    """The model asked for is not served (404)."""
+
+
+class MediaTypeError(RequestError):
+    """The body is not multipart/form-data (415)."""
+
+
+class BodyTooLargeError(RequestError):
+    """The body is larger than any edit needs (413)."""
+
+
+@dataclass(frozen=True)
+class Supported:
+    """The part of OpenAI's value range that is built; the rest is refused by name, not ignored."""
+
+    values: tuple[Any, ...]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {**handler(schema), "enum": list(self.values)}
+
+    def _check(self, value: Any) -> Any:
+        if value not in self.values:
+            allowed = " or ".join(str(allowed).lower() for allowed in self.values)
+            raise PydanticCustomError("unsupported", "only {allowed} is supported yet", {"allowed": allowed})
+        return value
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise PydanticCustomError("blank", "it must hold some text")
+    return text
+
+
+Text = Annotated[str, Field(min_length=1, max_length=MAX_INSTRUCTION_CHARS), AfterValidator(_not_blank)]
+Scale = Annotated[float, Field(ge=0, le=MAX_GUIDANCE_SCALE, allow_inf_nan=False)]
+
+
+class EditForm(BaseModel):
+    """The fields of `POST /v1/images/edits`; every value arrives as a string, the image as a file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    image: bytes = Field(description="The photo: PNG, JPEG or WebP, one file (`image[]` is read as `image`).")
+    prompt: Text = Field(description="What to change.")
+    model: str | None = Field(None, description="Name of the served bundle, as in /v1/models.")
+    n: Annotated[int, Field(ge=1, le=10), Supported((1,))] = Field(1, description="Number of results.")
+    size: Annotated[str, Field(pattern=r"^(auto|\d{1,5}x\d{1,5})$"), Supported(("auto",))] = Field(
+        "auto", description="`auto`: the size and framing of the photo."
+    )
+    quality: Annotated[Literal["auto", "low", "medium", "high", "standard", "hd"], Supported(("auto",))] = Field(
+        "auto", description="Use `steps` to trade time for quality."
+    )
+    response_format: Annotated[Literal["b64_json", "url"], Supported(("b64_json",))] = Field("b64_json")
+    output_format: OutputFormat = Field("png", description="File type of the result.")
+    output_compression: Annotated[int, Field(ge=0, le=100)] | None = Field(
+        None, description="Quality of a jpeg or webp result, 0 to 100; png has none."
+    )
+    background: Annotated[Literal["auto", "opaque", "transparent"], Supported(("auto", "opaque"))] = Field("auto")
+    input_fidelity: Annotated[Literal["low", "high"], Supported(("low",))] = Field(
+        "low", description="Use `image_guidance_scale` to stay closer to the photo."
+    )
+    stream: Annotated[bool, Supported((False,))] = Field(default=False)
+    partial_images: Annotated[int, Field(ge=0, le=3), Supported((0,))] = Field(0)
+    user: Annotated[str, Field(max_length=512)] | None = Field(None, description="Accepted, and not stored.")
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(
+        None, description="Same seed, same result. Without one a random seed is chosen and reported."
+    )
+    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = Field(None, description="Denoising steps.")
+    guidance_scale: Scale | None = Field(None, description="Text guidance; 1 = off.")
+    image_guidance_scale: Scale | None = Field(None, description="Image guidance; 1 = off.")
+    sampler: Sampler | None = Field(None, description="Sampling algorithm.")
+    expressive: Text | None = Field(None, description="The expressive instruction, given instead of derived.")
+    square_crop: bool | None = Field(None, description="Edit the centre square, as the published pipeline does.")
+
+
+# Known to OpenAI's clients, not built yet, and never ignored in silence.
+_NOT_BUILT: Mapping[str, str] = {"mask": "masks are not supported yet; the whole photo is edited"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditCall:
+    """One edit as the stages need it."""
+
+    image: bytes
+    "encoded photo"
+    instruction: str
+    expressive: str | None
+    overrides: Mapping[str, Any]
+    "sampling settings that differ from the bundle's defaults, by field name of EditSettings"
+    seed: int
+    output_format: OutputFormat
+    output_quality: int | None
+    "0 to 100 for jpeg and webp; None for the default"
+
+
+def parse_edit_form(fields: Iterable[tuple[str, str | bytes]]) -> EditForm:
+    """Checks the fields of a multipart form.
+
+    Args:
+        fields: Name and value in the order of the form; files as bytes.
+
+    Raises:
+        RequestError: A field is unknown, repeated, missing, not supported yet, or has a bad value.
+    """
+    values: dict[str, str | bytes] = {}
+    for sent_name, value in fields:
+        name = "image" if sent_name == "image[]" else sent_name
+        if name in _NOT_BUILT:
+            raise RequestError(_NOT_BUILT[name], param=name, code="unsupported_parameter")
+        if name not in EditForm.model_fields:
+            allowed = ", ".join(EditForm.model_fields)
+            message = f"unknown parameter {shown(name)}; known are {allowed}"
+            raise RequestError(message, param=name[:MAX_SHOWN_CHARS], code="unknown_parameter")
+        if name in values:
+            raise RequestError(f"{name} is given more than once; send one", param=name, code="too_many_values")
+        if isinstance(value, bytes) != (name == "image"):
+            kind = "a file" if name == "image" else "text, not a file"
+            raise RequestError(f"{name} must be {kind}", param=name)
+        values[name] = value
+    try:
+        form = EditForm.model_validate(values)
+    except ValidationError as error:
+        raise _first_problem(error) from error
+    if form.output_format == "png" and form.output_compression is not None:
+        raise RequestError(
+            f"output_compression is {form.output_compression}, but output_format is png, which has none; "
+            "use jpeg or webp, or leave it out",
+            param="output_compression",
+        )
+    return form
+
+
+def edit_call(form: EditForm) -> EditCall:
+    """What the stages get of a form; draws the seed if none is given."""
+    names = ("sampler", "steps", "guidance_scale", "image_guidance_scale", "square_crop")
+    given = {name: getattr(form, name) for name in names}
+    return EditCall(
+        image=form.image,
+        instruction=form.prompt,
+        expressive=form.expressive,
+        overrides={name: value for name, value in given.items() if value is not None},
+        seed=random_seed() if form.seed is None else form.seed,
+        output_format=form.output_format,
+        output_quality=form.output_compression,
+    )
+
+
+def shown(value: object) -> str:
+    """A value as an error message shows it, cut to a readable length."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}... ({len(str(value))} characters)"
+
+
+def _first_problem(error: ValidationError) -> RequestError:
+    detail = error.errors(include_url=False)[0]
+    name = str(detail["loc"][0])
+    if detail["type"] == "missing":
+        return RequestError(f"{name} is required", param=name, code="missing_required_parameter")
+    code = "unsupported_value" if detail["type"] == "unsupported" else "invalid_value"
+    return RequestError(f"{name} is {shown(detail['input'])}; {_allowed(name, detail)}", param=name, code=code)
+
+
+def _allowed(name: str, detail: ErrorDetails) -> str:
+    """What the value should have been: the field's own bounds, or pydantic's words."""
+    schema = form_schema()["properties"][name]
+    if detail["type"] == "string_pattern_mismatch":
+        return "it must be auto or WxH, such as 512x512"
+    if "minimum" in schema and "unsupported" not in detail["type"]:
+        kind = "a whole number, " if schema["type"] == "integer" else ""
+        return f"it must be {kind}{schema['minimum']:g} to {schema['maximum']}"
+    return detail["msg"].replace("Input should be", "it must be").replace("String should", "it must")
+
+
+def form_schema() -> dict[str, Any]:
+    """JSON schema of the form. A form cannot send `null`: optional fields are simply left out."""
+    schema = EditForm.model_json_schema()
+    for field in schema["properties"].values():
+        options = [option for option in field.pop("anyOf", []) if option["type"] != "null"]
+        for option in options:
+            field.update(option)
+            del field["default"]
+    return schema
+
+
+# The answer ---------------------------------------------------------------------------------------------
+
+
+class EditedImage(BaseModel):
+    """One result."""
+
+    b64_json: str = Field(description="The encoded image file, base64.")
+    revised_prompt: str = Field(description="The expressive instruction that guided the edit.")
+
+
+class InputTokens(BaseModel):
+    """Tokens the MLLM read, by kind."""
+
+    text_tokens: int
+    image_tokens: int
+
+
+class Usage(BaseModel):
+    """Tokens read and written by the MLLM."""
+
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+    input_tokens_details: InputTokens
+
+
+class Timings(BaseModel):
+    """Seconds; `queue` is the wait for the stage's worker, `run` from the batch's start to this result."""
+
+    mllm_queue_s: float
+    mllm_run_s: float
+    diffusion_queue_s: float
+    diffusion_run_s: float
+    total_s: float = Field(description="From the parsed request to the encoded result.")
+
+
+class BatchPlace(BaseModel):
+    """The batch that an edit ran in."""
+
+    replica: str = Field(description="Random name of the replica.")
+    batch: int = Field(description="Number of the batch in that replica.")
+    size: int = Field(description="Edits in the batch.")
+    retries: int = Field(description="Times that the stage call was repeated because a replica died.")
+
+
+class EditDetails(BaseModel):
+    """What OpenAI's answer has no room for."""
+
+    id: str
+    seed: int
+    sampler: str
+    steps: int
+    guidance_scale: float
+    image_guidance_scale: float
+    square_crop: bool
+    model: str
+    bundle: str = Field(description="Identity of the bundle's content.")
+    trained: bool = Field(description="False: random weights, the result means nothing.")
+    used_fallback: bool = Field(description="True: the MLLM wrote no visual token, so a fallback guided the edit.")
+    work_size: str = Field(description="WxH that the diffusion model worked at.")
+    timings: Timings
+    mllm: BatchPlace
+    diffusion: BatchPlace
+
+
+class EditResponse(BaseModel):
+    """200 of `POST /v1/images/edits`."""
+
+    created: int
+    data: list[EditedImage]
+    output_format: OutputFormat
+    size: str
+    quality: str
+    background: str
+    usage: Usage
+    mgie: EditDetails
+
+
+class ErrorDetail(BaseModel):
+    """One error; all four keys are always there."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """Any answer that is not 200."""
+
+    error: ErrorDetail
+
+
+class ModelDetails(BaseModel):
+    """What a model is, beyond its name."""
+
+    bundle: str = Field(description="Identity of the bundle's content.")
+    trained: bool
+    made_by: str
+    work_area_px: int
+    defaults: dict[str, Any] = Field(description="Sampling settings used where an edit gives none.")
+
+
+class Model(BaseModel):
+    """One entry of `/v1/models`."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    mgie: ModelDetails
+
+
+class ModelList(BaseModel):
+    """200 of `GET /v1/models`."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]

@@ -1,0 +1,80 @@
+"""The real stages with the embedded bundle, in this process, behind the real HTTP application."""
+
+import io
+import json
+import shutil
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from mgie.tiny import ensure_bundle
+from serving.ingress import InProcessBackend, build_api
+from serving.stages import DiffusionStage, MLLMStage
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle() -> Path:
+    return ensure_bundle("tiny")
+
+
+@pytest.fixture(scope="session")
+def mllm(tiny_bundle: Path) -> Iterator[MLLMStage]:
+    stage = MLLMStage(str(tiny_bundle), device="cpu")
+    yield stage
+    stage.close()
+
+
+@pytest.fixture(scope="session")
+def diffusion(tiny_bundle: Path) -> Iterator[DiffusionStage]:
+    stage = DiffusionStage(str(tiny_bundle), device="cpu")
+    yield stage
+    stage.close()
+
+
+@pytest.fixture(scope="session")
+def client(mllm: MLLMStage, diffusion: DiffusionStage) -> TestClient:
+    api = build_api(InProcessBackend(mllm, diffusion), timeout_s=60)
+    return TestClient(api, raise_server_exceptions=False)
+
+
+@pytest.fixture(scope="session")
+def photo() -> Callable[..., bytes]:
+    """Encoded smooth noise of a given size and seed."""
+
+    def make(width: int = 96, height: int = 64, *, seed: int = 0, file_type: str = "PNG") -> bytes:
+        coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        out = io.BytesIO()
+        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(out, file_type)
+        return out.getvalue()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def renamed_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded bundle under another name: same weights, another identity."""
+    copy = tmp_path_factory.mktemp("bundles") / "renamed"
+    shutil.copytree(tiny_bundle, copy)
+    config = json.loads((copy / "bundle.json").read_text())
+    (copy / "bundle.json").write_text(json.dumps(config | {"name": "renamed"}))
+    return copy
+
+
+@pytest.fixture(scope="session")
+def png_header() -> Callable[[int, int], bytes]:
+    """A PNG that claims a size and holds no pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    def make(width: int, height: int) -> bytes:
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+    return make

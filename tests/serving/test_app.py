@@ -1,0 +1,61 @@
+"""The arguments of the application builder; how it runs is tested on a cluster in test_cluster.py."""
+
+import inspect
+
+import pytest
+from pydantic import BaseModel, ValidationError
+from ray import serve
+
+import serving
+from mgie.errors import BundleError
+from serving.app import ServingArgs, app
+
+
+def test_serve_finds_a_builder_with_one_typed_argument() -> None:
+    assert serving.app is app
+    (argument,) = inspect.signature(app).parameters.values()
+    assert issubclass(argument.annotation, BaseModel)
+
+
+def test_the_builder_makes_an_application_without_a_cluster() -> None:
+    assert isinstance(app(ServingArgs()), serve.Application)
+
+
+def test_command_line_strings_become_values() -> None:
+    args = ServingArgs.model_validate({"mllm_num_gpus": "0.5", "diffusion_max_replicas": "4", "device": "cpu"})
+    assert (args.mllm_num_gpus, args.diffusion_max_replicas) == (0.5, 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"bundel": "x"}, "bundel"),
+        ({"mllm_min_replicas": 3}, "mllm_min_replicas is 3; it must be at most mllm_max_replicas, 2"),
+        ({"diffusion_max_replicas": 0}, "diffusion_max_replicas"),
+        ({"device": "cuda"}, "mllm_num_gpus is 0"),
+        ({"timeout_s": 0}, "timeout_s"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(given: dict[str, object], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        ServingArgs.model_validate(given)
+
+
+def test_every_argument_is_described_and_none_can_be_changed_later() -> None:
+    assert all(field.description for field in ServingArgs.model_fields.values())
+    with pytest.raises(ValidationError, match="frozen"):
+        ServingArgs().device = "cpu"  # type: ignore[misc]
+
+
+def test_a_bundle_that_cannot_serve_fails_in_the_builder() -> None:
+    with pytest.raises(BundleError, match="no tokenizer"):
+        app(ServingArgs(bundle="tiny-summarizer"))
+    with pytest.raises(BundleError, match="not a folder"):
+        app(ServingArgs(bundle="./nowhere"))
+
+
+def test_two_replicas_of_each_stage_fit_two_cpus_by_default() -> None:
+    args = ServingArgs()
+    assert args.mllm_max_replicas >= 2
+    assert args.diffusion_max_replicas >= 2
+    assert args.mllm_max_replicas * args.mllm_num_cpus + args.diffusion_max_replicas * args.diffusion_num_cpus <= 2
