@@ -8,9 +8,9 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import urlparse
 
 import boto3
+import boto3.exceptions
 import botocore.exceptions
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import snapshot_download
@@ -36,10 +36,11 @@ def open_bundle(where: str | Path) -> Bundle:
     name = str(where)
     if name.startswith("s3://"):
         return _open_s3(name)
+    # Before folders: what works in one working directory works in all. `./tiny` and Path("tiny") are folders.
+    if isinstance(where, str) and name in EMBEDDED:
+        return Bundle(ensure_bundle(name))
     if Path(name).is_dir():
         return Bundle(Path(name))
-    if name in EMBEDDED:
-        return Bundle(ensure_bundle(name))
     if isinstance(where, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return _open_hub(name)
     raise BundleError(
@@ -48,50 +49,74 @@ def open_bundle(where: str | Path) -> Bundle:
 
 
 def _open_hub(name: str) -> Bundle:
-    repo, _, revision = name.partition("@")
+    repo, _, given = name.partition("@")
 
-    def download(patterns: Sequence[str]) -> Path:
+    def download(patterns: Sequence[str], revision: str | None) -> Path:
         try:
-            return Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(patterns)))
-        except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, hub_errors.HFValidationError, OSError) as error:
-            raise BundleError(f"bundle {name!r} is neither a local folder nor to be had from the hub: {error}") from error
+            return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+        except (
+            hub_errors.HfHubHTTPError,
+            hub_errors.LocalEntryNotFoundError,
+            hub_errors.HFValidationError,
+            OSError,
+        ) as error:
+            raise BundleError(
+                f"bundle {name!r} is neither a local folder nor to be had from the hub: {error}"
+            ) from error
 
-    root = download([CONFIG_FILE])
-    return Bundle(root, fetch=lambda parts: download([CONFIG_FILE, *(f"{part}/*" for part in parts)]))
+    root = download([CONFIG_FILE], given or None)
+    # The hub names a snapshot's folder by its commit: parts come from the same one, whatever a branch moves to
+    # in the meantime. And only what the bundle lists is fetched.
+    bundle = Bundle(root, fetch=lambda parts: download([CONFIG_FILE, *bundle.files(parts)], root.name))
+    return bundle
 
 
 def _open_s3(url: str) -> Bundle:
-    parsed = urlparse(url)
-    bucket, prefix = parsed.netloc, parsed.path.strip("/")
-    client = boto3.client("s3")
+    bucket, _, prefix = url.removeprefix("s3://").strip("/").partition("/")
+    if ".." in (bucket, *prefix.split("/")):
+        raise BundleError(f"{url!r} holds '..'; give s3://bucket/prefix")
+    cache = cache_folder() / "s3" / bucket / prefix
 
-    def download(relative: str, target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Beside its place, then moved: another process may be fetching the same file.
-        handle, partial = tempfile.mkstemp(dir=target.parent, prefix=".partial-")
-        os.close(handle)
+    def download(relative: str, target: Path, sha256: str | None = None) -> None:
+        partial: Path | None = None
         try:
-            client.download_file(bucket, f"{prefix}/{relative}" if prefix else relative, partial)
-            os.replace(partial, target)
-        except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError) as error:
-            raise BundleError(f"{url}/{relative} cannot be read: {error}") from error
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # Beside its place, then moved: another process may be fetching the same file, and one that is
+            # cut off or corrupted never takes its place.
+            handle, name = tempfile.mkstemp(dir=target.parent, prefix=".partial-")
+            os.close(handle)
+            partial = Path(name)
+            boto3.client("s3").download_file(bucket, f"{prefix}/{relative}" if prefix else relative, name)
+            if sha256 is not None and hash_file(partial) != sha256:
+                raise BundleError(f"{url}/{relative} does not have the sha256 that {CONFIG_FILE} says")
+            partial.replace(target)
+        except (
+            botocore.exceptions.ClientError,
+            botocore.exceptions.BotoCoreError,
+            boto3.exceptions.Boto3Error,
+            ValueError,  # an endpoint that is no URL
+            OSError,
+        ) as error:
+            raise BundleError(f"{url}/{relative} cannot be fetched: {error}") from error
         finally:
-            Path(partial).unlink(missing_ok=True)
+            if partial is not None:
+                partial.unlink(missing_ok=True)
 
-    staging = cache_folder() / "s3" / bucket / prefix
-    download(CONFIG_FILE, staging / CONFIG_FILE)
-    # One folder per version of the bundle: files of an older one are never mixed in.
-    root = staging / hash_file(staging / CONFIG_FILE)[:16]
-    root.mkdir(exist_ok=True)
-    (root / CONFIG_FILE).write_bytes((staging / CONFIG_FILE).read_bytes())
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".config-") as scratch:
+            download(CONFIG_FILE, Path(scratch) / CONFIG_FILE)
+            # One folder per version of the bundle: files of an older one are never mixed in.
+            root = cache / hash_file(Path(scratch) / CONFIG_FILE)[:16]
+            root.mkdir(exist_ok=True)
+            (Path(scratch) / CONFIG_FILE).replace(root / CONFIG_FILE)
+    except OSError as error:
+        raise BundleError(f"{cache} cannot be written: {error}; set MGIE_CACHE to a writable folder") from error
 
     def fetch(parts: Sequence[str]) -> None:
         for relative, entry in bundle.files(parts).items():
             if not _is_complete(root / relative, entry):
-                download(relative, root / relative)
-                if hash_file(root / relative) != entry.sha256:
-                    (root / relative).unlink()
-                    raise BundleError(f"{url}/{relative} does not have the sha256 that {CONFIG_FILE} says")
+                download(relative, root / relative, entry.sha256)
 
     bundle = Bundle(root, fetch=fetch)
     return bundle

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 import transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from transformers import (
 from mgie.conditioner import Conditioner, MLLMConditioner, TextConditioner
 from mgie.config import (
     DIFFUSION_PARTS,
+    FORMAT_VERSION,
     MLLM_PARTS,
     TEXT_PARTS,
     BundleConfig,
@@ -60,6 +61,11 @@ _WEIGHTS, _PART_CONFIG = "model.safetensors", "config.json"
 _PREPROCESSOR, _SCHEDULER = "preprocessor_config.json", "scheduler_config.json"
 _ALLOWED_SUFFIXES = (".safetensors", ".json", ".model", ".txt")  # nothing that could be a pickle or a program
 _HASH_BLOCK = 1 << 22
+# What transformers and diffusers raise for configurations and weights that make no model.
+_LOADING_ERRORS = (
+    OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError,
+    SafetensorError, StrictDataclassError,
+)  # fmt: skip
 
 
 def resolve_device(device: str = "auto") -> torch.device:
@@ -76,7 +82,9 @@ def resolve_device(device: str = "auto") -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"device is {device!r}; it must be auto, cpu, mps, cuda or cuda:N", param="device") from error
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device is {device!r}; this machine has {torch.cuda.device_count()} CUDA devices", param="device")
+        raise ConfigError(
+            f"device is {device!r}; this machine has {torch.cuda.device_count()} CUDA devices", param="device"
+        )
     if resolved.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError(f"device is {device!r}; this machine has no MPS device", param="device")
     return resolved
@@ -117,7 +125,9 @@ class Bundle:
         self.identity = hashlib.sha256(content).hexdigest()[:16]
         bad = [name for name in self.config.files if not name.endswith(_ALLOWED_SUFFIXES) or _escapes(name)]
         if bad:
-            raise BundleError(f"bundle {self.config.name!r} lists {bad[0]!r}; only {', '.join(_ALLOWED_SUFFIXES)} files below it are read")
+            raise BundleError(
+                f"bundle {self.config.name!r} lists {bad[0]!r}; only {', '.join(_ALLOWED_SUFFIXES)} files below it are read"
+            )
 
     def verify(self, parts: Sequence[Part] | None = None, *, hashes: bool = True) -> None:
         """Checks presence and size, and with `hashes` the content, of the parts' files (None = all).
@@ -134,9 +144,13 @@ class Bundle:
             if not path.is_file():
                 raise BundleError(f"bundle {self.config.name!r} lacks {name}, which {CONFIG_FILE} lists")
             if path.stat().st_size != entry.size:
-                raise BundleError(f"{name} has {path.stat().st_size} bytes; {CONFIG_FILE} says {entry.size}: copy the bundle again")
+                raise BundleError(
+                    f"{name} has {path.stat().st_size} bytes; {CONFIG_FILE} says {entry.size}: copy the bundle again"
+                )
             if hashes and (digest := hash_file(path)) != entry.sha256:
-                raise BundleError(f"{name} has sha256 {digest}; {CONFIG_FILE} says {entry.sha256}: copy the bundle again")
+                raise BundleError(
+                    f"{name} has sha256 {digest}; {CONFIG_FILE} says {entry.sha256}: copy the bundle again"
+                )
 
     def files(self, parts: Sequence[str]) -> dict[str, FileEntry]:
         """The listed files of these parts."""
@@ -153,15 +167,23 @@ class Bundle:
         if self.config.conditioner == "text":
             self.verify(TEXT_PARTS, hashes=False)
             encoder = _load_pretrained(CLIPTextModel, self.root / "text_encoder", weights).to(target)
-            tokenizer = CLIPTokenizer.from_pretrained(self.root / "text_encoder", local_files_only=True)
+            tokenizer = _load_pretrained_tokenizer(CLIPTokenizer, self.root / "text_encoder")
+            if len(tokenizer) != encoder.config.vocab_size:
+                raise BundleError(
+                    f"the text encoder has {encoder.config.vocab_size} word embeddings; "
+                    f"its tokenizer has {len(tokenizer)} tokens"
+                )
             return TextConditioner(tokenizer=tokenizer, encoder=encoder, bundle=self.identity)
         self.verify(MLLM_PARTS, hashes=False)
-        tokenizer = self.load_tokenizer()
+        tokenizer, clip_pixels = self.load_tokenizer(), self.load_clip_pixels()
+        mllm, edit_head = self.load_mllm(tokenizer, weights), self.load_edit_head()
+        _check_fit("CLIP preprocessing", clip_pixels.side_px, "the vision tower", mllm.vision.clip.config.image_size)
+        _check_fit("the edit head", edit_head.config["llm_dim"], "the LLM", mllm.llm.config.hidden_size)
         return MLLMConditioner(
             tokenizer=tokenizer,
-            clip_pixels=self.load_clip_pixels(),
-            mllm=self.load_mllm(tokenizer, weights).to(target),
-            edit_head=self.load_edit_head().to(target, weights).eval(),
+            clip_pixels=clip_pixels,
+            mllm=mllm.to(target),
+            edit_head=edit_head.to(target, weights),
             generation=self.config.generation,
             bundle=self.identity,
         )
@@ -173,10 +195,14 @@ class Bundle:
             BundleError: Its parts are missing, damaged or do not fit each other.
         """
         target = resolve_device(device)
+        weights = resolve_dtype(dtype, target)
+        self.verify(DIFFUSION_PARTS, hashes=False)
+        unet, codec = self.load_unet(weights), self.load_codec()
+        _check_fit("half the UNet's input", unet.config.in_channels // 2, "the VAE", codec.vae.config.latent_channels)
         return Renderer(
-            unet=self.load_unet(resolve_dtype(dtype, target)).to(target),
+            unet=unet.to(target),
             # The VAE stays in float32: half precision shows as banding, and it is a small share of the work.
-            codec=self.load_codec().to(target),
+            codec=codec.to(target),
             scheduler_config=self.scheduler_config(),
             work_area_px=self.config.work_area_px,
             multiple_px=self.config.multiple_px,
@@ -191,10 +217,14 @@ class Bundle:
         target = resolve_device(device)
         weights = resolve_dtype(dtype, target)
         self.verify((*MLLM_PARTS, *DIFFUSION_PARTS), hashes=False)
+        mllm, edit_head = self.load_mllm(self.load_tokenizer(), weights), self.load_edit_head()
+        unet = self.load_unet(weights)
+        _check_fit("the edit head", edit_head.config["llm_dim"], "the LLM", mllm.llm.config.hidden_size)
+        _check_fit("the edit head", edit_head.config["condition_dim"], "the UNet", unet.config.cross_attention_dim)
         mgie = MGIE(
-            mllm=self.load_mllm(self.load_tokenizer(), weights),
-            edit_head=self.load_edit_head().to(dtype=weights),
-            unet=self.load_unet(weights),
+            mllm=mllm,
+            edit_head=edit_head.to(dtype=weights),
+            unet=unet,
             codec=self.load_codec(),
             schedule=NoiseSchedule(self.scheduler_config()),
             num_visual_tokens=self.config.num_visual_tokens,
@@ -218,9 +248,16 @@ class Bundle:
         return tokenizer
 
     def load_clip_pixels(self) -> ClipPixels:
-        """The image preprocessing of the `vision` part."""
+        """The image preprocessing of the `vision` part.
+
+        Raises:
+            BundleError: It is missing or damaged.
+        """
         self.verify(("vision",), hashes=False)
-        return ClipPixels(_read_json(self.root / "vision" / _PREPROCESSOR))
+        try:
+            return ClipPixels(_read_json(self.root / "vision" / _PREPROCESSOR))
+        except (ConfigError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise BundleError(f"vision/{_PREPROCESSOR} cannot be used: {error}") from error
 
     def load_mllm(self, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> MLLM:
         """Vision tower, projector and LLM, on the CPU, not training.
@@ -241,11 +278,18 @@ class Bundle:
         return MLLM(vision, projector.to(dtype), llm, im_patch_id=tokenizer.im_patch_id).eval()
 
     def load_edit_head(self) -> EditHead:
-        """The `edit_head` part, float32, on the CPU."""
+        """The `edit_head` part, float32, on the CPU, not training.
+
+        Raises:
+            BundleError: It is missing or damaged.
+        """
         self.verify(("edit_head",), hashes=False)
-        head = EditHead(**_read_json(self.root / "edit_head" / _PART_CONFIG))
+        try:
+            head = EditHead(**_read_json(self.root / "edit_head" / _PART_CONFIG))
+        except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+            raise BundleError(f"edit_head/{_PART_CONFIG} cannot be used: {error}") from error
         load_strictly(head, _load_safetensors(self.root / "edit_head" / _WEIGHTS), "edit_head")
-        return head
+        return head.eval()
 
     def load_unet(self, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
         """The `unet` part, on the CPU, not training."""
@@ -277,7 +321,7 @@ class Bundle:
             weights = torch.float32
         self.verify(("summarizer",), hashes=False)
         model = _load_pretrained(T5ForConditionalGeneration, self.root / "summarizer", weights).to(target)
-        return model, AutoTokenizer.from_pretrained(self.root / "summarizer", local_files_only=True)
+        return model, _load_pretrained_tokenizer(AutoTokenizer, self.root / "summarizer")
 
 
 class BundleWriter:
@@ -295,16 +339,18 @@ class BundleWriter:
     """
 
     def __init__(self, out: Path, config: BundleConfig, *, replace: bool = False) -> None:
-        self._out, self._config = out, config
+        self._out, self._config, self._replace = out, config, replace
         if out.exists() and not (replace and ((out / CONFIG_FILE).exists() or not any(out.iterdir()))):
             raise BundleError(f"{out} exists{' and is not a bundle' if replace else ''}; choose another output folder")
 
-    def __enter__(self) -> "BundleWriter":
+    def __enter__(self) -> "BundleWriter":  # noqa: PYI034  # the tests' type checker sees functions without their class
         self._out.parent.mkdir(parents=True, exist_ok=True)
         self._staging = Path(tempfile.mkdtemp(prefix=f".{self._out.name}-", dir=self._out.parent))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 self._finish()
@@ -354,12 +400,19 @@ class BundleWriter:
             path.relative_to(self._staging).as_posix(): FileEntry(sha256=hash_file(path), size=path.stat().st_size)
             for path in paths
         }
+        if bad := [name for name in files if not name.endswith(_ALLOWED_SUFFIXES)]:
+            raise BundleError(
+                f"{bad[0]} cannot be part of a bundle; only {', '.join(_ALLOWED_SUFFIXES)} files are read"
+            )
         config = dataclasses.replace(self._config, files=files)
         _write_json(self._staging / CONFIG_FILE, dataclasses.asdict(config))
         self._staging.chmod(0o755)  # mkdtemp makes it private
-        if self._out.exists():
+        if self._replace and self._out.exists():
             shutil.rmtree(self._out)
-        os.replace(self._staging, self._out)
+        try:
+            self._staging.replace(self._out)
+        except OSError as error:  # another process wrote it in the meantime: what it finished is not taken away
+            raise BundleError(f"{self._out} cannot be put in place: {error.strerror}") from error
 
 
 def parse_config(content: bytes) -> BundleConfig:
@@ -370,6 +423,9 @@ def parse_config(content: bytes) -> BundleConfig:
     """
     try:
         data = json.loads(content)
+        # First: a later version may have fields that are unknown here.
+        if (version := data.get("format_version", FORMAT_VERSION)) != FORMAT_VERSION:
+            raise BundleError(f"{CONFIG_FILE} has format version {version!r:.80}; this program reads {FORMAT_VERSION}")
         data["parts"] = tuple(data["parts"])
         provenance = data["provenance"]
         data["provenance"] = Provenance(
@@ -381,9 +437,21 @@ def parse_config(content: bytes) -> BundleConfig:
         data["defaults"] = EditSettings(**data["defaults"])
         data["generation"] = GenerationConfig(**data["generation"])
         data["files"] = {name: FileEntry(**entry) for name, entry in data["files"].items()}
-        return BundleConfig(**data)
+        config = BundleConfig(**data)
+        _check_types(config)
+        for record in (config.provenance, *config.files.values()):
+            _check_types(record)
     except (ValueError, TypeError, KeyError, AttributeError, ConfigError) as error:
         raise BundleError(f"{CONFIG_FILE} cannot be read: {error}") from error
+    return config
+
+
+def _check_types(record: Any) -> None:
+    """Raises TypeError unless every plain field of a record read from JSON has the type that it is declared with."""
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        if field.type in (str, int, bool) and type(value) is not field.type:
+            raise TypeError(f"{field.name} is {value!r:.80}; it must be a {field.type.__name__}")
 
 
 def hash_file(path: Path) -> str:
@@ -406,27 +474,45 @@ def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], name: str) -
     problems = [f"{key} is missing" for key in expected if key not in given]
     problems += [f"{key} is unexpected" for key in given if key not in expected]
     problems += [
-        f"{key} has shape {given[key]}, not {shape}" for key, shape in expected.items() if given.get(key, shape) != shape
+        f"{key} has shape {given[key]}, not {shape}"
+        for key, shape in expected.items()
+        if given.get(key, shape) != shape
     ]
     if problems:
         raise BundleError(f"weights of {name} do not fit: {'; '.join(problems)}")
     module.load_state_dict(dict(weights))
 
 
+def _check_fit(name: str, size: int, other: str, other_size: int) -> None:
+    if size != other_size:
+        raise BundleError(f"parts do not fit each other: {name} is of size {size}, {other} of {other_size}")
+
+
 def _load_pretrained(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     """A transformers or diffusers model from its folder, strictly, safetensors only, not training."""
     arguments: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
-    arguments["torch_dtype" if hasattr(kind, "load_config") else "dtype"] = dtype  # diffusers : transformers
+    if hasattr(kind, "load_config"):  # diffusers; names tensors of another size in its error
+        arguments["torch_dtype"] = dtype
+    else:  # transformers; names them only in what it returns
+        arguments |= {"dtype": dtype, "ignore_mismatched_sizes": True}
     try:
         with _quiet():
             model, info = kind.from_pretrained(folder, **arguments)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except _LOADING_ERRORS as error:
         raise BundleError(f"{folder.name} cannot be loaded: {error}") from error
     problems = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
     if problems:
         raise BundleError(f"weights of {folder.name} do not fit: {problems}")
     model.eval()
     return model
+
+
+def _load_pretrained_tokenizer(kind: Any, folder: Path) -> Any:
+    """A transformers tokenizer from its folder; never code that the folder names."""
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except _LOADING_ERRORS as error:
+        raise BundleError(f"the tokenizer in {folder.name} cannot be loaded: {error}") from error
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
@@ -438,9 +524,11 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BundleError(f"{path.parent.name}/{path.name} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise BundleError(f"{path.parent.name}/{path.name} holds a {type(data).__name__}; it must be an object")
     return data
 
 

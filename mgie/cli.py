@@ -8,20 +8,21 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from mgie.bundles import open_bundle
 from mgie.checkpoint import Bundle
 from mgie.config import BundleConfig, Sampler
-from mgie.convert import Sources, convert
+from mgie.convert import KeptDtype, Sources, convert
 from mgie.editor import Editor, output_format
 from mgie.errors import ConfigError, DataError, ImageError, MGIEError
 from mgie.images import OutputFormat
@@ -83,15 +84,15 @@ def edit(
         dtype: auto, float32, bfloat16 or float16.
         overwrite: Replace results that exist.
     """
-    edits = list(_edits(source, instruction, out, format, expressive, seed))
-    taken = [edit.target for edit in edits if edit.target.exists()]
+    edits = list(_edits(source, instruction, target=out, suffix=format, expressive=expressive, seed=seed))
+    taken = [item.target for item in edits if item.target.exists()]
     if taken and not overwrite:
         raise ConfigError(f"{taken[0]} exists; choose another --out or give --overwrite", param="out")
     for item in edits[:1]:
         output_format(item.target)
     editor = Editor.load(bundle, device=device, dtype=dtype)
     _warn_untrained(editor.bundle)
-    settings = {
+    settings: dict[str, Any] = {
         "steps": steps,
         "guidance_scale": guidance_scale,
         "image_guidance_scale": image_guidance_scale,
@@ -101,7 +102,12 @@ def edit(
     editor.bundle.defaults.override(**settings)  # refuses bad settings before the first edit
     failed = 0
     with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=err
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
     ) as bar:
         overall = bar.add_task("edits", total=len(edits), visible=len(edits) > 1)
         for item in edits:
@@ -118,14 +124,16 @@ def edit(
                 item.target.parent.mkdir(parents=True, exist_ok=True)
                 result.save(item.target)
             except (MGIEError, OSError) as error:
+                if len(edits) == 1:
+                    raise
                 failed += 1
-                err.print(f"[red]{item.image}: {error}", soft_wrap=True)
+                err.print(f"{item.image}: {error}", style="red", markup=False, soft_wrap=True)
             else:
                 note = " (no visual tokens came: the words may have had no effect)" if result.used_fallback else ""
                 _print_result(item, result.expressive, result.seed, note)
             bar.remove_task(task)
             bar.advance(overall)
-    if failed and len(edits) > 1:
+    if failed:
         err.print(f"{failed} of {len(edits)} edits failed")
     return 1 if failed else 0
 
@@ -137,12 +145,14 @@ def _print_result(item: _Edit, expressive: str, seed: int, note: str) -> None:
 
 
 def _edits(
-    source: Path, instruction: str, target: Path | None, suffix: str, expressive: str | None, seed: int | None
+    source: Path, instruction: str, *, target: Path | None, suffix: str, expressive: str | None, seed: int | None
 ) -> Iterator[_Edit]:
     """The edits that the arguments name, each with its own target."""
     if source.suffix == ".jsonl":
         if instruction:
-            raise ConfigError("an instruction was given beside a .jsonl file; the file names its own", param="instruction")
+            raise ConfigError(
+                "an instruction was given beside a .jsonl file; the file names its own", param="instruction"
+            )
         rows = list(_read_jsonl(source))
     elif source.is_dir():
         images = sorted(path for path in source.iterdir() if path.suffix.lower() in _IMAGE_SUFFIXES)
@@ -168,7 +178,12 @@ def _edits(
 
 def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     allowed = {"image": str, "instruction": str, "expressive": str, "seed": int}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    # Not splitlines: JSON texts may hold other line separators, such as U+2028.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -176,36 +191,100 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
         except ValueError as error:
             raise DataError(f"{path}, line {number} is not JSON: {error}") from error
         if not isinstance(row, dict) or not {"image", "instruction"} <= set(row) <= set(allowed):
-            raise DataError(f"{path}, line {number} must be an object with image, instruction and optionally expressive, seed")
+            raise DataError(
+                f"{path}, line {number} must be an object with image, instruction and optionally expressive, seed"
+            )
         wrong = [name for name, value in row.items() if not isinstance(value, allowed[name]) or isinstance(value, bool)]
         if wrong:
-            raise DataError(f"{path}, line {number}: {wrong[0]} is {row[wrong[0]]!r}; it must be a {allowed[wrong[0]].__name__}")
+            raise DataError(
+                f"{path}, line {number}: {wrong[0]} is {row[wrong[0]]!r}; it must be a {allowed[wrong[0]].__name__}"
+            )
         yield row | {"image": path.parent / row["image"]}
 
 
-def parity(folder: Annotated[Path, tyro.conf.Positional], /, *, json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> int:
+def convert_command(
+    target: Annotated[Path, tyro.conf.Positional],
+    /,
+    *,
+    sources: Annotated[Sources, tyro.conf.arg(name="")],
+    name: str | None = None,
+    dtype: KeptDtype = "keep",
+    num_visual_tokens: int | None = None,
+    seed: int = 0,
+    trained: bool | None = None,
+    replace: bool = False,
+) -> int:
+    """Make a bundle of published weights.
+
+    Give --llava --clip --stable-diffusion --mgie for the published MGIE; leave --mgie out for a fresh one to
+    train; --llava --clip alone for LLaVA, --stable-diffusion alone for InstructPix2Pix, --summarizer for a T5.
+
+    Args:
+        target: The bundle's folder, to be made.
+        sources: The folders to read.
+        name: Short name of the bundle; default: that of its folder.
+        dtype: Of the weights written; keep = as in the sources.
+        num_visual_tokens: Visual tokens of a fresh MGIE; default: 8.
+        seed: Of what a fresh MGIE draws.
+        trained: Whether the weights are trained; default: yes, except for a fresh MGIE.
+        replace: Replace a bundle that is there.
+    """
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+    ) as bar:
+        task = bar.add_task(target.name, total=None)
+        bundle = convert(
+            target,
+            sources,
+            name=name,
+            dtype=dtype,
+            num_visual_tokens=num_visual_tokens,
+            seed=seed,
+            trained=trained,
+            replace=replace,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    out.print(f"{target}  bundle {bundle.config.name}, identity {bundle.identity}", markup=False, soft_wrap=True)
+    out.print(f"  parts {', '.join(bundle.config.parts)}", markup=False, soft_wrap=True)
+    _warn_untrained(bundle.config)
+    return 0
+
+
+def parity(
+    folder: Annotated[Path, tyro.conf.Positional], /, *, json_: Annotated[bool, tyro.conf.arg(name="json")] = False
+) -> int:
     """Compare the model with reference vectors recorded from the original code.
 
     Args:
         folder: A reference folder: checkpoints, images, vectors.json, vectors.safetensors.
         json_: Print the report as JSON.
     """
-    report = compare(folder, progress=lambda name: None if json_ else err.print(f"[dim]{name}"))
+    # A live line for a person who waits; nothing where the output is piped.
+    with err.status("") as status:
+        report = compare(folder, progress=lambda name: status.update(f"comparing {name}"))
     if json_:
         print(json.dumps(report.as_json(), indent=2))
     else:
-        table = Table("group", "compared", "worst", "tolerance", "verdict", "reason")
+        table = Table("group", "compared", "worst", "tolerance", "verdict", box=None)
         color = {"pass": "green", "fail": "red", "by design": "yellow"}
         for group in report.groups:
             table.add_row(
                 group.name,
                 str(group.compared),
-                f"{group.worst:.2e}",
+                f"{group.worst:.1e}",
                 f"{group.tolerance:.0e}",
                 f"[{color[group.verdict]}]{group.verdict}",
-                group.reason,
             )
         out.print(table)
+        # Below: in a column of their own they would be broken into many short lines.
+        for group in report.groups:
+            if group.reason:
+                out.print(f"{group.verdict}: {group.name}: {group.reason}", markup=False, soft_wrap=True)
         out.print("[green]passed" if report.passed else "[red]failed")
     return 0 if report.passed else 1
 
@@ -230,9 +309,9 @@ def info(
     if json_:
         print(json.dumps({"identity": opened.identity, **dataclasses.asdict(opened.config)}, indent=2))
         return 0
-    table = Table(show_header=False)
+    table = Table(show_header=False, box=None)
     for name, value in _describe(opened).items():
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     out.print(table)
     if verify:
         out.print("every file is as listed")
@@ -261,8 +340,10 @@ def _describe(bundle: Bundle) -> dict[str, str]:
 def _warn_untrained(config: BundleConfig) -> None:
     if not config.trained:
         err.print(
-            f"[yellow]bundle {config.name} is untrained (random weights): the result shows that everything runs, "
+            f"bundle {config.name} is untrained (random weights): the result shows that everything runs, "
             "not what MGIE can do. `mgie convert` brings real weights.",
+            style="yellow",
+            markup=False,
             soft_wrap=True,
         )
 
@@ -270,11 +351,11 @@ def _warn_untrained(config: BundleConfig) -> None:
 def main() -> None:
     """Entry point of the `mgie` command."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    commands = {"edit": edit, "convert": convert_command, "parity": parity, "info": info}
+    commands: dict[str, Callable[..., int]] = {"edit": edit, "convert": convert_command, "parity": parity, "info": info}
     try:
         status = tyro.extras.subcommand_cli_from_dict(commands, prog="mgie", description="Edit photos with words.")
-    except MGIEError as error:
-        err.print(f"[red]error:[/red] {error}", soft_wrap=True)
+    except (MGIEError, OSError) as error:
+        err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         status = 2
     except KeyboardInterrupt:
         status = 130

@@ -132,7 +132,8 @@ class MLLMConditioner:
 
     def _force(self, requests: Sequence[EditRequest], features: Float[Tensor, "B P D"]) -> list[Guidance]:
         prompts = [
-            encode_answered(self._tokenizer, r.instruction, r.expressive or "", self._mllm.num_patches) for r in requests
+            encode_answered(self._tokenizer, r.instruction, r.expressive or "", self._mllm.num_patches)
+            for r in requests
         ]
         for prompt in prompts:
             if len(prompt.ids) > self._mllm.max_positions:
@@ -204,7 +205,9 @@ class TextConditioner:
         texts = []
         for request in requests:
             check_text(request.instruction, "prompt")
-            texts.append(request.instruction if request.expressive is None else check_text(request.expressive, "expressive"))
+            texts.append(
+                request.instruction if request.expressive is None else check_text(request.expressive, "expressive")
+            )
         if not texts:
             return []
         # split_special_tokens: a user's "<|endoftext|>" stays text.

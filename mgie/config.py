@@ -5,7 +5,6 @@ Frozen, keyword-only. Knows no torch and no files; `checkpoint.py` stores `Bundl
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -26,16 +25,18 @@ MLLM_PARTS: tuple[Part, ...] = ("tokenizer", "vision", "projector", "llm", "edit
 TEXT_PARTS: tuple[Part, ...] = ("text_encoder",)
 DIFFUSION_PARTS: tuple[Part, ...] = ("unet", "vae", "scheduler")
 
+FORMAT_VERSION = 1  # of `bundle.json`
 MAX_STEPS = 1000  # the noise schedule has 1000 training steps; more cannot be distinct
 MAX_GUIDANCE_SCALE = 50.0
 MAX_SEED = 2**63 - 1
 MAX_INSTRUCTION_CHARS = 4000  # cut off before tokenising; the model's own limit is in tokens
 
 
-def check_range(name: str, value: float, low: float, high: float) -> None:
+def check_range(name: str, value: object, low: float, high: float) -> None:
     """Raises ConfigError naming `name`, the value and the range unless low <= value <= high."""
-    if not (math.isfinite(value) and low <= value <= high):
-        raise ConfigError(f"{name} is {value}; it must be {low} to {high}", param=name)
+    # NaN fails every comparison.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ConfigError(f"{name} is {value!r:.80}; it must be {low} to {high}", param=name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +160,8 @@ class BundleConfig:
     "text generation defaults"
     files: Mapping[str, FileEntry] = field(default_factory=dict)
     "every other file of the bundle, by relative path"
-    format_version: int = 1
+    format_version: int = FORMAT_VERSION
+    "changes whenever an older program could not read the bundle"
 
     def __post_init__(self) -> None:
         bad = [part for part in self.parts if part not in PARTS]
@@ -167,13 +169,13 @@ class BundleConfig:
             raise BundleError(f"bundle {self.name!r} lists parts {list(self.parts)}; known parts: {', '.join(PARTS)}")
         if self.conditioner not in get_args(ConditionerKind):
             raise BundleError(f"bundle {self.name!r} has conditioner {self.conditioner!r}; known: mllm, text")
-        if self.format_version != 1:
-            raise BundleError(f"bundle {self.name!r} has format version {self.format_version}; this program reads 1")
+        if self.format_version != FORMAT_VERSION:
+            raise BundleError(
+                f"bundle {self.name!r} has format version {self.format_version}; this program reads {FORMAT_VERSION}"
+            )
 
     def require(self, parts: Sequence[Part]) -> None:
         """Raises BundleError naming the missing ones unless all `parts` are present."""
         missing = [part for part in parts if part not in self.parts]
         if missing:
-            raise BundleError(
-                f"bundle {self.name!r} has no {', '.join(missing)}; it holds {', '.join(self.parts)}"
-            )
+            raise BundleError(f"bundle {self.name!r} has no {', '.join(missing)}; it holds {', '.join(self.parts)}")

@@ -37,9 +37,7 @@ class LatentCodec(nn.Module):
         """Image pixels per latent side (8 for Stable Diffusion)."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
-    def moments(
-        self, pixels: Float[Tensor, "B 3 H W"]
-    ) -> tuple[Float[Tensor, "B c h w"], Float[Tensor, "B c h w"]]:
+    def moments(self, pixels: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B c h w"], Float[Tensor, "B c h w"]]:
         """Mean and log-variance of the posterior, unscaled; pixels in [-1, 1]."""
         posterior = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
         return posterior.mean, posterior.logvar

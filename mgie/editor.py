@@ -15,9 +15,9 @@ from PIL import Image
 from mgie.bundles import open_bundle
 from mgie.checkpoint import Bundle
 from mgie.conditioner import Conditioner, EditRequest, Guidance
-from mgie.config import BundleConfig, EditSettings, GenerationConfig, ImageLimits
+from mgie.config import MAX_SEED, BundleConfig, EditSettings, GenerationConfig, ImageLimits, check_range
 from mgie.errors import ImageError
-from mgie.images import EditMetadata, OutputFormat, check_size, read_image, write_image
+from mgie.images import DEFAULT_LIMITS, EditMetadata, OutputFormat, read_image, to_rgb, write_image
 from mgie.renderer import Renderer, RenderRequest
 
 SOFTWARE = "MGIE"
@@ -134,6 +134,7 @@ class Editor:
         source = load_source(image)
         used = self.bundle.defaults.override(**settings)
         seed = random_seed() if seed is None else seed
+        check_range("seed", seed, 0, MAX_SEED)  # here, because the MLLM would have worked in vain
         started = time.perf_counter()
         request = EditRequest(image=source, instruction=instruction, expressive=expressive)
         [guidance] = self._conditioner.derive([request], generation)
@@ -152,15 +153,18 @@ class Editor:
         )
 
 
-def load_source(image: Image.Image | bytes | str | Path, limits: ImageLimits = ImageLimits()) -> Image.Image:
+def load_source(image: Image.Image | bytes | str | Path, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     """The source as an upright RGB image within the limits.
 
     Raises:
         ImageError: It cannot be read, or is outside the limits.
     """
     if isinstance(image, Image.Image):
-        check_size(image.size, limits)
-        return image.convert("RGB")
+        return to_rgb(image, limits=limits)
     if isinstance(image, bytes):
         return read_image(image, limits=limits)
-    return read_image(Path(image).read_bytes(), limits=limits)
+    try:
+        data = Path(image).read_bytes()
+    except OSError as error:
+        raise ImageError(f"{image} cannot be read: {error.strerror}", param="image") from error
+    return read_image(data, limits=limits)

@@ -129,13 +129,37 @@ def read_image(data: bytes, *, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Im
     check_size(image.size, limits)  # again: a HEIC file can turn out larger than its header says
     bit_depth = data[24] if name == "PNG" else 8  # byte 24 of a PNG: bits per channel, from its IHDR
     try:
+        return _upright_rgb(image, bit_depth)
+    except _DECODER_ERRORS as error:
+        raise _damaged(name) from error
+
+
+def to_rgb(image: Image.Image, *, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
+    """The same for an image that is already a Pillow object, of any mode; it stays as it is.
+
+    Returns:
+        As `read_image`.
+
+    Raises:
+        ImageTooLargeError: More pixels or pixels per side than `limits` allow.
+        ImageError: A side too short, or pixels that cannot be decoded or converted.
+    """
+    check_size(image.size, limits)
+    try:
+        return _upright_rgb(image.copy(), bit_depth=8)
+    except _DECODER_ERRORS as error:
+        raise ImageError(
+            f"image of mode {image.mode!r} cannot be decoded or converted: {error}", param="image"
+        ) from error
+
+
+def _upright_rgb(image: Image.Image, bit_depth: int) -> Image.Image:
+    """Decoded pixels of any mode -> RGB, upright, without metadata; may change `image.info`."""
+    try:
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
     except _DECODER_ERRORS:
         orientation = 1  # the pixels are good; a damaged EXIF block is no reason to refuse them
-    try:
-        rgb = _to_rgb(image, bit_depth)
-    except _DECODER_ERRORS as error:
-        raise _damaged(name) from error
+    rgb = _to_rgb(image, bit_depth)
     # A damaged EXIF block can hold anything here, unhashable values included.
     if isinstance(orientation, int) and orientation in _UPRIGHT:
         rgb = rgb.transpose(_UPRIGHT[orientation])

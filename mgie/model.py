@@ -101,7 +101,9 @@ class MGIE(nn.Module):
         """Goal latents (sampled, scaled) and source latents (mode, unscaled)."""
         with torch.no_grad():
             mean, logvar = self.codec.moments(batch.goal_pixels)
-            return self.codec.goal_latents(mean, logvar, posterior_noise), self.codec.condition_latents(batch.source_pixels)
+            return self.codec.goal_latents(mean, logvar, posterior_noise), self.codec.condition_latents(
+                batch.source_pixels
+            )
 
     def predict(
         self,

@@ -32,10 +32,11 @@ from mgie.data import Collator, EditExample
 from mgie.diffusion import widen_input
 from mgie.errors import ParityError
 from mgie.generation import Generation, Generator, gather_states, select_start, select_states
-from mgie.images import center_square, read_image, resize, to_signed, training_pixels
+from mgie.images import Framing, center_square, read_image, resize, to_signed, training_pixels
 from mgie.loss import Losses
 from mgie.model import MGIE, TrainingBatch, TrainingDraws
 from mgie.prompts import (
+    IGNORE,
     SUMMARIZE,
     clean_expressive,
     encode_answered,
@@ -44,6 +45,7 @@ from mgie.prompts import (
 )
 from mgie.renderer import RenderRequest
 from mgie.sampler import denoise_step, make_schedule
+from mgie.tokens import Control
 
 Verdict = Literal["pass", "fail", "by design"]
 
@@ -54,7 +56,8 @@ DEEP = 5e-5  # gradients, VAE latents, UNet output, step latents: relative to th
 FINAL_IMAGE = 1e-4  # absolute
 GRADIENT_NORMS = 1e-4  # relative to each norm: small norms of deep parameters carry more rounding
 
-_TURN_MARKERS = ("USER:", "ASSISTANT:", "<image>")  # the original splits prompts at these, also in user text
+_TURN_MARKERS = ("USER:", "ASSISTANT:")  # the original splits prompts at these, also in user text
+_IMAGE_MARKER = "<image>"  # the original replaces it, also in user text
 
 
 @dataclass
@@ -91,9 +94,10 @@ class Group:
             self.problems.append(f"{name} has shape {tuple(ours.shape)}, recorded {tuple(recorded.shape)}")
             return
         ours, recorded = ours.detach().double(), recorded.double()
-        if not torch.isfinite(ours).all():
-            self.problems.append(f"{name} is not finite")
-            return
+        for side, values in (("", ours), ("recorded ", recorded)):
+            if not torch.isfinite(values).all():
+                self.problems.append(f"{side}{name} is not finite")
+                return
         difference = float((ours - recorded).abs().max())
         if relative and difference:
             difference /= max(float(recorded.abs().max()), torch.finfo(torch.float32).tiny)
@@ -126,7 +130,7 @@ class Report:
         return {"groups": [{name: getattr(g, name) for name in names} for g in self.groups], "passed": self.passed}
 
 
-def compare(folder: Path, progress: Callable[[str], None] = lambda name: None) -> Report:
+def compare(folder: Path, progress: Callable[[str], None] = lambda _name: None) -> Report:
     """Recomputes and compares every recorded group of a reference folder.
 
     Args:
@@ -141,6 +145,8 @@ def compare(folder: Path, progress: Callable[[str], None] = lambda name: None) -
         vectors = load_file(folder / "vectors.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise ParityError(f"{folder} is not a reference folder: {error}") from error
+    if not isinstance(record, dict):
+        raise ParityError(f"{folder}/vectors.json holds a {type(record).__name__}; it must be an object")
     with tempfile.TemporaryDirectory() as scratch:
         bundle = convert(
             Path(scratch) / "bundle",
@@ -151,14 +157,14 @@ def compare(folder: Path, progress: Callable[[str], None] = lambda name: None) -
                 mgie=folder / "mgie",
             ),
         )
-        comparison = _Comparison(folder, record, vectors, bundle)
         groups = []
         try:
+            comparison = _Comparison(folder, record, vectors, bundle)
             for step in comparison.steps():
                 progress(step.__name__)
                 groups.extend(step())
         except KeyError as error:
-            raise ParityError(f"{folder} lacks the recorded entry {error}") from error
+            raise ParityError(f"the reference folder {folder} lacks the recorded entry {error}") from error
     return Report(tuple(groups))
 
 
@@ -185,17 +191,23 @@ class _Comparison:
         ]  # fmt: skip
 
     def image(self, relative: str) -> Image.Image:
-        return read_image((self.folder / relative).read_bytes())
+        try:
+            return read_image((self.folder / relative).read_bytes())
+        except OSError as error:
+            raise ParityError(f"{self.folder} lacks {relative}: {error.strerror}") from error
 
     def tokenizing(self) -> list[Group]:
         ids = Group("tokenizing", EXACT)
         for token, token_id in self.record["tokenizer"]["ids"].items():
             ids.equal(f"id of {token}", self.tokenizer.encode(self.tokenizer.parse(token))[1:], [token_id])
         for row in self.record["tokenize_table"]:
-            ids.equal(f"ids of {row['text']!r}", self.tokenizer.encode(self.tokenizer.parse(row["text"])), row["input_ids"])
+            ids.equal(
+                f"ids of {row['text']!r}", self.tokenizer.encode(self.tokenizer.parse(row["text"])), row["input_ids"]
+            )
         for i, sample in enumerate(self.samples):
             ours = encode_question(self.tokenizer, sample["instruction"], self.num_patches)
-            ids.equal(f"prompt of gen{i}", ours, self.vectors[f"gen{i}.input_ids"].tolist())
+            ids.equal(f"gen{i}.input_ids", ours, self.vectors[f"gen{i}.input_ids"].tolist())
+        ids.equal("size of the vocabulary", self.tokenizer.vocab_size, self.record["tokenizer"]["size"])
         prompts = Group("prompts", EXACT)
         rendered, used = self.record["prompts"], self.record["prompts"]["instruction_used"]
         for name, instruction, for_data in (
@@ -204,6 +216,10 @@ class _Comparison:
         ):
             ours = encode_question(self.tokenizer, instruction, self.num_patches, for_data=for_data)
             prompts.equal(name, ours, self.tokenizer.encode(self.tokenizer.parse(rendered[name])))
+        first = self.record["train_samples"][0]
+        prompts.equal("instruction of the training prompt", first["instruction"], used["train"])
+        ours = encode_answered(self.tokenizer, used["train"], first["expressive"], self.num_patches).ids
+        prompts.equal("train", ours, self.tokenizer.encode(self.tokenizer.parse(rendered["train"])))
         summarizer = rendered["summarizer"]
         prompts.equal("summarizer", SUMMARIZE.format(text=summarizer["prompt_for"]), summarizer["prompt"])
         return [ids, prompts]
@@ -213,20 +229,29 @@ class _Comparison:
         for row in self.record["label_table"]:
             ours = encode_answered(self.tokenizer, row["instruction"], row["expressive"], self.num_patches)
             name = f"row {row['instruction']!r} / {row['expressive']!r}"
-            if self._has_control_text(row["instruction"] + row["expressive"]):
-                # The promise here: only the template's control tokens, and exactly the answer unmasked.
-                specials = {self.tokenizer.unk_id, self.tokenizer.bos_id, self.tokenizer.eos_id, *self.tokenizer.added.values()}
-                count = sum(token_id in specials for token_id in ours.ids)
-                control.equal(f"{name}: control tokens", count, 1 + self.num_patches + 2 + self.num_visual + 1)
-                control.equal(f"{name}: first label", ours.labels[ours.answer_start :], ours.ids[ours.answer_start :])
-                control.design_reason = "text that looks like control tokens or turn markers stays text and masks nothing"
-            else:
+            text = row["instruction"] + row["expressive"]
+            parsed = any(marker in text for marker in (*self.tokenizer.control_tokens, _IMAGE_MARKER))
+            if not parsed:
                 plain.equal(f"{name}: ids", ours.ids, row["input_ids"])
+            if not parsed and not any(marker in text for marker in _TURN_MARKERS):
                 plain.equal(f"{name}: labels", ours.labels, row["labels"])
-        return [plain, control]
+                continue
+            # The promise here: the text stays text, no other control token than the template's, and exactly
+            # the answer is unmasked. Recorded labels are those of another row, or mask everything.
+            control.design_reason = "text that looks like control tokens or turn markers stays text and masks nothing"
+            specials = {self.tokenizer.encode([Control(token)])[-1] for token in self.tokenizer.control_tokens}
+            count = sum(token_id in specials for token_id in ours.ids)
+            control.equal(f"{name}: control tokens", count, 1 + self.num_patches + 2 + self.num_visual + 1)
+            answer = [token_id for token_id in ours.labels if token_id != IGNORE]
+            masked = [token_id for token_id, label in zip(ours.ids, ours.labels, strict=True) if label == IGNORE]
+            control.equal(f"{name}: unmasked text", self.tokenizer.decode(answer).strip(), row["expressive"].strip())
+            control.equal(f"{name}: unmasked end", answer[-1 - self.num_visual :], self._end_ids())
+            question = encode_question(self.tokenizer, row["instruction"], self.num_patches)
+            control.equal(f"{name}: masked ids", masked, question)
+        return [group for group in (plain, control) if group is plain or group.compared]
 
-    def _has_control_text(self, text: str) -> bool:
-        return any(marker in text for marker in (*self.tokenizer.control_tokens, *_TURN_MARKERS))
+    def _end_ids(self) -> list[int]:
+        return [*self.tokenizer.visual_ids, self.tokenizer.eos_id]
 
     def cleaning(self) -> list[Group]:
         same, mended = Group("cleaned strings", EXACT), Group("cleaned strings, mended", EXACT)
@@ -235,16 +260,18 @@ class _Comparison:
         for row in rows:
             # The product knows where the output begins; in a recorded conversation the first marker says it.
             text = row["input"].split("ASSISTANT:", 1)[-1] if "ASSISTANT:" in row["input"] else row["input"]
-            ours = clean_expressive(generated_text(self.tokenizer, self.tokenizer.encode(self.tokenizer.parse(text))[1:]))
+            ours = clean_expressive(
+                generated_text(self.tokenizer, self.tokenizer.encode(self.tokenizer.parse(text))[1:])
+            )
             if fault := _cleaning_fault(row, text):
                 mended.design_reason = (
                     "mended: error on empty text, sentences joined without a space, "
                     "decimal points taken for full stops, `alternative` inside words"
                 )
-                mended.equal(f"{row['input']!r} ({fault}) -> {ours!r}", _is_mended(ours, row, fault), True)
+                mended.equal(f"{row['input']!r} ({fault}) -> {ours!r}", _is_mended(ours, row, text, fault), True)
             else:
                 same.equal(repr(row["input"]), ours, row["output"])
-        return [same, mended]
+        return [group for group in (same, mended) if group is same or group.compared]
 
     def crops(self) -> list[Group]:
         crops = Group("crops", EXACT)
@@ -372,16 +399,17 @@ class _Comparison:
         ours = {_published_name(name): p.grad for name, p in self.mgie.named_parameters() if p.grad is not None}
         values, norms = Group("gradients", DEEP), Group("gradient norms", GRADIENT_NORMS)
         for name in [key.removeprefix("grad.") for key in self.vectors if key.startswith("grad.")]:
-            values.tensor(name, ours[name], self.vectors[f"grad.{name}"])
+            values.tensor(f"grad.{name}", ours.get(name, torch.tensor(0.0)), self.vectors[f"grad.{name}"])
         recorded = self.record["gradient_norms"]
         trained = {_published_name(name) for name, p in self.mgie.named_parameters() if p.requires_grad}
         norms.equal("trained parameters", sorted(trained), sorted(recorded["per_parameter"]))
         for name, norm in recorded["per_parameter"].items():
-            norms.tensor(name, ours[name].double().norm(), torch.tensor(norm, dtype=torch.float64))
+            grad = ours.get(name, torch.tensor(0.0))
+            norms.tensor(name, grad.double().norm(), torch.tensor(norm, dtype=torch.float64))
         for name, norm in recorded["groups"].items():
             prefix = "model.embed_tokens" if name == "embed_tokens" else name
             members = [g for key, g in ours.items() if name == "all" or key == prefix or key.startswith(prefix + ".")]
-            total = torch.cat([g.double().flatten() for g in members]).norm()
+            total = torch.cat([torch.zeros(1), *(g.double().flatten() for g in members)]).norm()
             norms.tensor(f"group {name}", total, torch.tensor(norm, dtype=torch.float64))
         self.mgie.zero_grad()
         return [values, norms]
@@ -411,7 +439,10 @@ class _Comparison:
     def edge(self) -> list[Group]:
         edge, v = self.record["edge_samples"], self.vectors
         batch = self._batch(edge["samples"], max_length=edge["model_max_length"])
-        ids, numbers = Group("edge batch: ids and selection", EXACT), Group("edge batch: states, features, losses", STATES)
+        ids, numbers = (
+            Group("edge batch: ids and selection", EXACT),
+            Group("edge batch: states, features, losses", STATES),
+        )
         ids.tensor("edge.input_ids", batch.input_ids, v["edge.input_ids"], relative=False)
         ids.tensor("edge.labels", batch.labels, v["edge.labels"], relative=False)
         ids.tensor("edge.attention_mask", batch.mask.long(), v["edge.attention_mask"], relative=False)
@@ -419,9 +450,13 @@ class _Comparison:
         hidden, real = self.mgie.hidden(batch), batch.mask[..., None]
         numbers.tensor("edge.hidden", hidden * real, v["edge.hidden"] * real)
         numbers.tensor(
-            "edge.selected_hidden", gather_states(hidden, batch.state_starts, self.num_visual), v["edge.selected_hidden"]
+            "edge.selected_hidden",
+            gather_states(hidden, batch.state_starts, self.num_visual),
+            v["edge.selected_hidden"],
         )
-        numbers.tensor("edge.edit_features", self.mgie.condition(hidden, batch.state_starts)[0], v["edge.edit_features"])
+        numbers.tensor(
+            "edge.edit_features", self.mgie.condition(hidden, batch.state_starts)[0], v["edge.edit_features"]
+        )
         self._compare_losses(numbers, "edge", self.mgie(batch, self._draws(v["train.prob_nodrop"])))
         return [ids, numbers]
 
@@ -432,8 +467,10 @@ class _Comparison:
         unet.conv_in = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[-1], padding=1)
         unet.conv_in.weight.data, unet.conv_in.bias.data = weight.clone(), v["init.conv_in_4ch.bias"].clone()
         widened = widen_input(unet, v["init.conv_in_8ch.weight"].shape[1]).conv_in
-        group.tensor("weight", widened.weight, v["init.conv_in_8ch.weight"], relative=False)
-        group.tensor("bias (copied; the original leaves it random)", widened.bias, v["init.conv_in_4ch.bias"], relative=False)
+        group.tensor("init.conv_in_8ch.weight", widened.weight, v["init.conv_in_8ch.weight"], relative=False)
+        group.tensor(
+            "bias (copied; the original leaves it random)", widened.bias, v["init.conv_in_4ch.bias"], relative=False
+        )
         return [group]
 
     def generation(self) -> list[Group]:
@@ -442,20 +479,25 @@ class _Comparison:
         selection, edit = Group("selection of states", EXACT), Group("generation: edit features", STATES)
         to_eos = GenerationConfig(max_new_tokens=self.record["generation"]["max_new_tokens"], stop="eos")
         early = dataclasses.replace(to_eos, stop="visual_tokens")
-        rows = self._generate(to_eos)
+        rows, repeating = self._generate(to_eos), self._generate(dataclasses.replace(to_eos, no_repeat_ngram_size=0))
+        for i, (row, sample) in enumerate(zip(repeating, self.samples, strict=True)):
+            ids.equal(f"gen{i}: output_without_ngram_constraint", row.ids, sample["output_without_ngram_constraint"])
         requests = [
             EditRequest(image=self.image(sample["image"]), instruction=sample["instruction"]) for sample in self.samples
         ]
         for i, (row, sample) in enumerate(zip(rows, self.samples, strict=True)):
             ids.equal(f"gen{i}.output_ids", row.ids, v[f"gen{i}.output_ids"].tolist())
             ids.equal(f"gen{i}: position of [IMG0]", row.visual_start, sample["img0_position"])
+            ids.equal(f"gen{i}: ended", row.output_ids[-1] == self.tokenizer.eos_id, sample["ended_with_eos"])
             states.tensor(f"gen{i}.hidden", row.hidden, v[f"gen{i}.hidden"])
             states.tensor(f"gen{i}.selected_hidden", select_states(row, self.num_visual), v[f"gen{i}.selected_hidden"])
             start = select_start(len(row.hidden), row.visual_start, self.num_visual, complete=not row.ended_early)
             selection.equal(f"gen{i}: p", start, sample["p"])
         for config in (to_eos, early):
             for i, guidance in enumerate(self.conditioner.derive(requests, config)):
-                edit.tensor(f"gen{i}.edit_features, stop {config.stop}", guidance.condition[None], v[f"gen{i}.edit_features"])
+                edit.tensor(
+                    f"gen{i}.edit_features, stop {config.stop}", guidance.condition[None], v[f"gen{i}.edit_features"]
+                )
         return [ids, states, selection, edit]
 
     def _generate(self, config: GenerationConfig) -> list[Generation]:
@@ -488,12 +530,16 @@ class _Comparison:
         for i, (sample, guidance) in enumerate(zip(self.samples, guidances, strict=True)):
             source = resize(center_square(self.image(sample["image"])), (self.side_px, self.side_px))
             request = RenderRequest(image=source, guidance=guidance, settings=settings, seed=recorded["seed"])
-            state = renderer.start(request, renderer.framing(source.size, settings))
+            # Recorded images are of the working size already, whichever the bundle works at.
+            framing = Framing(source_wh=source.size, work_wh=source.size, square_crop=False)
+            state = renderer.start(request, framing)
             steps.tensor(f"gen{i}.image_latents", state.image_latents[None], v[f"gen{i}.image_latents"])
             draws.tensor(f"gen{i}.init_latents", state.latents[None], v[f"gen{i}.init_latents"], relative=False)
             stream = torch.Generator().set_state(state.generator.get_state())
             for k, noise in enumerate(v[f"gen{i}.step_noise"]):
-                draws.tensor(f"gen{i}.step_noise {k}", torch.randn(noise.shape, generator=stream), noise, relative=False)
+                draws.tensor(
+                    f"gen{i}.step_noise {k}", torch.randn(noise.shape, generator=stream), noise, relative=False
+                )
             calls: list[tuple[Tensor, Tensor]] = []
 
             def denoiser(latents: Tensor, timesteps: Tensor, condition: Tensor, calls: list[Any] = calls) -> Tensor:
@@ -503,7 +549,7 @@ class _Comparison:
 
             for k, latents in enumerate(v[f"gen{i}.step_latents"]):
                 denoise_step(denoiser, [state])
-                steps.tensor(f"gen{i}, step {k}", state.latents[None], latents)
+                steps.tensor(f"gen{i}.step_latents {k}", state.latents[None], latents)
             unet.tensor(f"gen{i}.unet_in_step0", calls[0][0], v[f"gen{i}.unet_in_step0"])
             unet.tensor(f"gen{i}.unet_out_step0", calls[0][1], v[f"gen{i}.unet_out_step0"])
             pixels = (renderer.codec.decode(state.latents[None])[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0)
@@ -526,7 +572,7 @@ def _recorded_inputs(unet: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Collects what goes into and comes out of the UNet."""
     seen: dict[str, Tensor] = {}
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         seen.update(sample=args[0], condition=kwargs["encoder_hidden_states"], output=output[0])
 
     handle = unet.register_forward_hook(hook, with_kwargs=True)
@@ -549,11 +595,11 @@ def _cleaning_fault(row: Mapping[str, str], text: str) -> str:
     return ""
 
 
-def _is_mended(ours: str, row: Mapping[str, str], fault: str) -> bool:
+def _is_mended(ours: str, row: Mapping[str, str], text: str, fault: str) -> bool:
     """Whether our result is the recorded one but for the fault."""
     if fault == "no text":
         return ours == ""
     if fault == "joined without a space":
         return re.sub(r"\.\s", ".", ours) == row["output"]
-    # The original cut too early: its result is where ours begins.
-    return ours.startswith(row["output"].rstrip("."))
+    # The original cut too early: its result is where ours begins, and ours is the text itself.
+    return ours.startswith(row["output"].rstrip(".")) and ours.rstrip(".") in " ".join(text.split())

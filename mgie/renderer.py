@@ -106,8 +106,7 @@ class Renderer:
         if len(sizes) > 1:
             raise ConfigError(f"a batch holds work sizes {sizes}; they must be equal")
         states = {
-            i: self.start(request, framing)
-            for i, (request, framing) in enumerate(zip(requests, framings, strict=True))
+            i: self.start(request, framing) for i, (request, framing) in enumerate(zip(requests, framings, strict=True))
         }
         total = max((state.schedule.num_steps for state in states.values()), default=0)
         done = 0

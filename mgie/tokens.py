@@ -65,7 +65,9 @@ class Tokenizer:
         self.added = dict(sorted(added.items(), key=lambda item: item[1]))
         missing = [token for token in IMAGE_TOKENS if token not in added]
         if missing:
-            raise BundleError(f"the tokenizer lacks {', '.join(missing)}; added tokens: {', '.join(self.added) or 'none'}")
+            raise BundleError(
+                f"the tokenizer lacks {', '.join(missing)}; added tokens: {', '.join(self.added) or 'none'}"
+            )
         if list(self.added.values()) != list(range(self.num_pieces, self.num_pieces + len(added))):
             raise BundleError(
                 f"ids of added tokens are {list(self.added.values())}; they must follow the {self.num_pieces} pieces without a gap"
@@ -159,8 +161,10 @@ class Tokenizer:
             BundleError: A file is missing or damaged.
         """
         try:
-            return cls((folder / MODEL_FILE).read_bytes(), json.loads((folder / ADDED_FILE).read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
+            return cls(
+                (folder / MODEL_FILE).read_bytes(), json.loads((folder / ADDED_FILE).read_text(encoding="utf-8"))
+            )
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise BundleError(f"the tokenizer in {folder} cannot be read: {error}") from error
 
     def save(self, folder: Path) -> None:

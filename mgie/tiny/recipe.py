@@ -74,9 +74,10 @@ def cache_folder() -> Path:
 
 
 def recipe_hash() -> str:
-    """Changes whenever this recipe or its corpus does; part of the cached bundles' folder names."""
-    package = resources.files("mgie.tiny")
-    content = b"".join(package.joinpath(name).read_bytes() for name in ("recipe.py", "corpus.txt"))
+    """Changes whenever what decides a bundle's bytes may have; part of the cached bundles' folder names."""
+    package = resources.files("mgie")
+    names = ("tiny/recipe.py", "tiny/corpus.txt", "checkpoint.py", "config.py", "edit_head.py", "tokens.py")
+    content = b"".join(package.joinpath(name).read_bytes() for name in names)
     return hashlib.sha256(content).hexdigest()[:12]
 
 

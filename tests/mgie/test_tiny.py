@@ -1,0 +1,126 @@
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mgie.checkpoint import CONFIG_FILE, Bundle
+from mgie.errors import BundleError
+from mgie.tiny import ensure_bundle
+from mgie.tiny.recipe import EMBEDDED, EmbeddedName, build, cache_folder, recipe_hash
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def summarizer_bundle() -> Bundle:
+    return Bundle(ensure_bundle("tiny-summarizer"))
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_a_rebuilt_bundle_has_the_same_bytes(name: EmbeddedName, tmp_path: Path) -> None:
+    torch.manual_seed(1)  # the recipe does not depend on the state of the generator
+    build(name, tmp_path / "again")
+    rebuilt = _digests(tmp_path / "again")
+    assert rebuilt == _digests(ensure_bundle(name))
+    assert len(rebuilt) > 2
+
+
+def test_building_leaves_the_random_state_alone(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    expected = torch.rand(3)
+    torch.manual_seed(2)
+    build("tiny-summarizer", tmp_path / "b")
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_embedded_bundles_say_that_they_are_untrained(tiny_bundle: Bundle, summarizer_bundle: Bundle) -> None:
+    assert tiny_bundle.config.trained is False
+    assert summarizer_bundle.config.trained is False
+    tiny_bundle.verify()
+    summarizer_bundle.verify()
+
+
+def test_the_tiny_bundle_has_every_part_of_an_editor_and_a_few_million_parameters(tiny_bundle: Bundle) -> None:
+    mgie = tiny_bundle.load_mgie(device="cpu")
+    num_parameters = sum(p.numel() for p in mgie.parameters())
+    assert 1e6 < num_parameters < 2e7
+    assert mgie.num_visual_tokens == 8
+    assert mgie.unet.config.in_channels == 8
+
+
+def test_the_tiny_summarizer_generates(summarizer_bundle: Bundle) -> None:
+    model, tokenizer = summarizer_bundle.load_summarizer(device="cpu")
+    inputs = tokenizer("summarize the following paragraph in 32 words:\n\nA red house by the sea.", return_tensors="pt")
+    with torch.no_grad():
+        output = model.generate(**inputs, max_new_tokens=12, min_new_tokens=6, num_beams=2, do_sample=False)
+    assert 6 <= output.shape[1] - 1 <= 12
+    assert isinstance(tokenizer.decode(output[0], skip_special_tokens=True), str)
+    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
+    # "A red house" survives a round trip: the tokenizer is a real one, not one that knows nothing.
+    assert tokenizer.decode(tokenizer("A red house")["input_ids"], skip_special_tokens=True).strip() == "A red house"
+
+
+def test_the_cache_is_where_mgie_cache_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MGIE_CACHE", str(tmp_path / "here"))
+    assert cache_folder() == tmp_path / "here"
+    folder = ensure_bundle("tiny-summarizer")
+    assert folder == tmp_path / "here" / f"tiny-summarizer-{recipe_hash()}"
+    Bundle(folder).verify()
+    before = (folder / CONFIG_FILE).stat().st_mtime_ns
+    assert ensure_bundle("tiny-summarizer") == folder
+    assert (folder / CONFIG_FILE).stat().st_mtime_ns == before  # not built again
+
+
+def test_a_cache_that_cannot_be_written_is_a_bundle_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # A file where the folder should be: permissions would not stop root.
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MGIE_CACHE", str(tmp_path / "file" / "below"))
+    with pytest.raises(BundleError, match="set MGIE_CACHE to a writable folder"):
+        ensure_bundle("tiny-summarizer")
+
+
+@pytest.mark.slow
+def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
+    # Both wait for the same file, so that neither finds a finished bundle when it starts.
+    program = """
+import sys, time
+from pathlib import Path
+from mgie.tiny import ensure_bundle
+from mgie.tiny import recipe
+from mgie.checkpoint import Bundle
+cache = recipe.cache_folder()
+(cache / sys.argv[1]).touch()
+while len(list(cache.glob("ready-*"))) < 2:
+    time.sleep(0.01)
+folder = ensure_bundle("tiny-summarizer")
+Bundle(folder).load_summarizer(device="cpu")
+print(folder.stat().st_ino)
+"""
+    env = os.environ | {"MGIE_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, f"ready-{i}"],
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for i in range(2)
+    ]
+    outcomes = [process.communicate(timeout=100) for process in started]
+    assert [process.returncode for process in started] == [0, 0], outcomes
+    assert outcomes[0][0] == outcomes[1][0]  # the same folder: what one finished was not replaced by the other
+    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith("ready-")) == [
+        f"tiny-summarizer-{recipe_hash()}"
+    ]
+    Bundle(tmp_path / f"tiny-summarizer-{recipe_hash()}").verify()
