@@ -200,7 +200,7 @@ class TextConditioner:
         self._length = int(encoder.config.max_position_embeddings)
 
     @torch.inference_mode()
-    def derive(self, requests: Sequence[EditRequest], config: GenerationConfig | None = None) -> list[Guidance]:
+    def derive(self, requests: Sequence[EditRequest], config: GenerationConfig | None = None) -> list[Guidance]:  # noqa: ARG002  # the Protocol's
         """See `Conditioner`; nothing is generated, so `config` has no effect and the image is not looked at."""
         texts = []
         for request in requests:

@@ -150,7 +150,7 @@ class TransformersDescriber:
         return descriptions
 
     def _prompt(self, instruction: str) -> list[int]:
-        """Ids of `USER: <image> x P \\n question ASSISTANT:`; the instruction is never parsed for special tokens."""
+        """Ids of `USER: `, P times `<image>`, a newline, the question, ` ASSISTANT:`; the instruction is never parsed for special tokens."""
         before = self._tokenizer("USER: ")["input_ids"]
         asked = "\n" + QUESTION.format(instruction=instruction) + DATA_SUFFIX + " ASSISTANT:"
         after = self._tokenizer(asked, add_special_tokens=False, split_special_tokens=True)["input_ids"]

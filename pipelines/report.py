@@ -110,7 +110,8 @@ def ledger_counts(out: Folder) -> dict[str, int]:
 
 def _samples(out: Folder, images: Folder, seed: int) -> list[dict[str, Any]]:
     """A few rows chosen at random (reservoir sampling: one pass, bounded memory)."""
-    chooser, chosen, seen = random.Random(seed), [], 0  # noqa: S311  # a choice of pictures
+    chooser, seen = random.Random(seed), 0  # noqa: S311  # a choice of pictures
+    chosen: list[dict[str, Any]] = []
     columns = ["source", "goal", "instruction", "verbose", "expressive", "status", "reason"]
     for batch in read_ledger(out.filesystem, out.path, status=None, columns=columns):
         for row in batch.to_pylist():

@@ -136,7 +136,7 @@ class DescribeEdit:
         *,
         preset: str,
         batch_size: int,
-        before_work: Callable[[pa.Table], None] = lambda table: None,
+        before_work: Callable[[pa.Table], None] = lambda _: None,
     ) -> None:
         self._describer, self._preset = make_describer(), preset
         self._batch_size, self._before_work = batch_size, before_work

@@ -10,7 +10,7 @@ import io
 import os
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import platformdirs
 import sentencepiece
@@ -203,7 +203,7 @@ def build_tokenizer() -> Tokenizer:
     return Tokenizer(model, {token: _NUM_PIECES + i for i, token in enumerate(IMAGE_TOKENS)})
 
 
-def _train_pieces(model_type: str, **options: int | bool) -> bytes:
+def _train_pieces(model_type: str, **options: Any) -> bytes:
     """A sentencepiece model with LLaMA's text handling: nothing normalised, every space kept."""
     corpus = resources.files("mgie.tiny").joinpath("corpus.txt").read_text(encoding="utf-8")
     model = io.BytesIO()
