@@ -142,7 +142,7 @@ def test_images_out_of_tables_are_written_once(tmp_path: Path) -> None:
 
 def test_a_table_of_another_layout_is_refused_by_its_columns(tmp_path: Path) -> None:
     raw_data.write_hq_edit(tmp_path / "raw", edits(2))
-    with pytest.raises(DataError, match="lacks the columns .*edit_prompt"):
+    with pytest.raises(DataError, match=r"lacks the columns .*edit_prompt"):
         _read("ultraedit", tmp_path)
 
 
@@ -333,7 +333,7 @@ def test_mgie_record_without_its_line_is_rejected(tmp_path: Path) -> None:
 def test_mgie_without_pickle_refuses_unequal_numbers(tmp_path: Path) -> None:
     raw_data.write_mgie(tmp_path / "raw", edits(3), join="none")
     (tmp_path / "raw" / "ipr2pr_expressive.json").write_text("{}")
-    with pytest.raises(DataError, match="3 lines and .* 0 items"):
+    with pytest.raises(DataError, match=r"3 lines and .* 0 items"):
         _read("mgie", tmp_path)
 
 

@@ -1,0 +1,361 @@
+#!/usr/bin/env python3
+"""Raw data set -> manifest: one row per edit, each checked, identified and located.
+
+    raw folder -> shards -> [Ray: read, check, extract images, hash] -> staged rows -> duplicates -> manifest, rejected
+
+    <output>/manifest/part-00000.parquet ...   and images.json: where the images lie (`mgie.ledger`)
+    <output>/rejected/part-00000.parquet ...   rows left out, each with its reason
+    <output>/images/<sha256>.<ext>             images that lay in containers, each once
+    <output>/run.json                          what ran, on what, with what result
+
+The result depends on data and settings alone: the same rows in the same files, whatever runs in parallel. The
+same command after a kill goes on with the shards that are not done; after the end it does nothing. Exit status:
+0 done (or done before), 1 an error that is told in one line, 2 wrong arguments.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+import ray.data
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from mgie.config import ImageLimits, check_range
+from mgie.errors import ConfigError, DataError, MGIEError
+from mgie.ledger import (
+    MANIFEST_SCHEMA,
+    REJECTED_SCHEMA,
+    rejection,
+    rejection_code,
+    split_rows,
+    to_table,
+    write_images_root,
+)
+from pipelines.duplicates import PAIR_BYTES, find_duplicates
+from pipelines.readers import Columns, Layout, Shard, make_reader
+from pipelines.rows import STAGED_SCHEMA, RowMaker
+from pipelines.storage import Folder, RunRecord, claim, fingerprint, open_folder
+
+RESULT_VERSION = 1  # another number when the same input gives other rows: old runs are not continued then
+SAMPLE = "sample"
+STAGING = "_staging"
+_STAGED_GROUP_ROWS = 1000
+_ROWS_PER_PASS = 250_000  # duplicates are looked for in about 100 MB of signatures at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Raw data set -> manifest. Without arguments: 24 drawn rows, to see it work."""
+
+    input: str = SAMPLE
+    "folder of the raw data set, local or s3://bucket/prefix; `sample` draws a small one"
+    output: str = ""
+    "folder of the run, local or s3://; without it, one in the user's cache folder (for the sample only)"
+    layout: Layout = "ipr2pr"
+    "how the raw data set is laid out"
+    columns: Columns = field(default_factory=Columns)
+    dataset: str = ""
+    "name of the data set in the rows; without it, the layout"
+    licence: str | None = None
+    "licence of the data, noted in each row"
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    keeps_unchanged: bool = False
+    "keep edits whose source and goal are the same file"
+    keeps_near_duplicates: bool = False
+    "keep edits that look the same and ask for the same (exact duplicates always go)"
+    rows_per_file: int = 50_000
+    "rows of a manifest file"
+    s3_endpoint: str | None = None
+    "address of an S3 store that is not Amazon's; without it, AWS_ENDPOINT_URL"
+    max_tasks: int | None = None
+    "most shards at a time; without it, as many as there are free CPUs"
+    cpus_per_task: float = 1.0
+    "CPUs that Ray reserves for a shard"
+    threads_per_task: int = 4
+    "edits of a shard that are read at the same time, which hides the latency of stores"
+
+    def __post_init__(self) -> None:
+        check_range("rows_per_file", self.rows_per_file, 1, 10_000_000)
+        check_range("cpus_per_task", self.cpus_per_task, 0.0, 1024.0)
+        check_range("threads_per_task", self.threads_per_task, 1, 256)
+        if self.max_tasks is not None:
+            check_range("max_tasks", self.max_tasks, 1, 1_000_000)
+        if self.input != SAMPLE and not self.output:
+            raise ConfigError("output is not given; name a folder, local or s3://bucket/prefix", param="output")
+        if self.input == SAMPLE and self.layout != "ipr2pr":
+            raise ConfigError(f"layout is {self.layout!r}; the sample is 'ipr2pr'", param="layout")
+
+
+# What decides the rows. The rest is how fast they come.
+_DECISIVE = ("input", "layout", "columns", "dataset", "licence", "limits", "keeps_unchanged", "keeps_near_duplicates", "rows_per_file")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareReport:
+    """What a run gave; kept in `run.json`."""
+
+    folder: str
+    "of the run"
+    num_rows: int
+    "in the manifest"
+    splits: dict[str, int]
+    "rows of the manifest by split"
+    rejected: dict[str, int]
+    "rows left out, by the code of their reason"
+    seconds: float
+    "of the call that finished"
+    was_done: bool
+    "an earlier call had finished; this one did nothing"
+
+    @property
+    def manifest(self) -> str:
+        """Folder of the manifest."""
+        return f"{self.folder}/manifest"
+
+
+def prepare(config: PrepareConfig, *, console: Console | None = None) -> PrepareReport:
+    """Runs the job; goes on with a run that was killed.
+
+    Raises:
+        ConfigError: The output folder holds something else, or an argument is wrong.
+        DataError: The input is not in the layout, or gives no rows.
+        OSError: A store is in trouble.
+    """
+    began = time.monotonic()
+    console = console or Console(quiet=True)
+    source, output = _folders(config)
+    reader = make_reader(config.layout, config.columns)
+    shards = reader.shards(source)
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name in _DECISIVE}
+    content = {"version": RESULT_VERSION, **settings, "input": source.url}
+    run = RunRecord(
+        job="prepare",
+        fingerprint=fingerprint({**content, "shards": [dataclasses.asdict(shard) for shard in shards]}),
+        config=content,
+    )
+    claimed = claim(output, run)
+    if claimed.is_finished:
+        return PrepareReport(**{**(claimed.report or {}), "folder": output.url, "was_done": True})
+
+    extracts = reader.extracts(source)
+    maker = RowMaker(
+        folder=source,
+        extract_to=output if extracts else None,
+        dataset=config.dataset or config.layout,
+        licence=config.licence,
+        limits=config.limits,
+        keeps_unchanged=config.keeps_unchanged,
+    )
+    _stage(config, maker, output, shards, console)
+    duplicates = _duplicates(output, shards, near=not config.keeps_near_duplicates)
+    splits, rejected = _write(config, output, shards, duplicates)
+    report = PrepareReport(
+        folder=output.url,
+        num_rows=sum(splits.values()),
+        splits=dict(sorted(splits.items())),
+        rejected=dict(sorted(rejected.items())),
+        seconds=round(time.monotonic() - began, 3),
+        was_done=False,
+    )
+    if not report.num_rows:
+        raise DataError(f"{source.url} gives no rows: all of them are in {output.url}/rejected, {report.rejected}")
+    # Relative where the images are in the run's own folder, which can then be moved as a whole.
+    write_images_root(output.filesystem, output.at("manifest"), ".." if extracts else source.url)
+    dataclasses.replace(run, is_finished=True, report=dataclasses.asdict(report)).write(output)
+    output.delete(STAGING)
+    return report
+
+
+def _folders(config: PrepareConfig) -> tuple[Folder, Folder]:
+    """The raw data set and the folder of the run; draws the sample where that is what is asked for."""
+    if config.input != SAMPLE:
+        return open_folder(config.input, endpoint=config.s3_endpoint), open_folder(
+            config.output, endpoint=config.s3_endpoint
+        )
+    from mgie.tiny.recipe import cache_folder
+    from mgie.tiny.sample import write_sample
+
+    raw = cache_folder() / "sample" / "ipr2pr"
+    write_sample(raw)
+    return open_folder(raw), open_folder(config.output or cache_folder() / "sample" / "prepared")
+
+
+# ---- shards -> staged rows, in parallel
+
+
+def _staged_name(index: int) -> str:
+    return f"{STAGING}/{index:06d}.parquet"
+
+
+def read_shard(
+    task: dict[str, Any], *, maker: RowMaker, output: Folder, layout: Layout, columns: Columns, num_threads: int
+) -> dict[str, Any]:
+    """Reads, checks and stages one shard. Killed in between it leaves nothing, run twice it writes the same."""
+    shard = Shard(**json.loads(task["shard"]))
+    reader = make_reader(layout, columns)
+    num_rows = 0
+    with output.publish(_staged_name(task["index"])) as path, pq.ParquetWriter(path, STAGED_SCHEMA) as writer:
+        rows: list[dict[str, Any]] = []
+        for row in maker.rows(reader.read(maker.folder, shard), num_threads=num_threads):
+            rows.append(row)
+            if len(rows) == _STAGED_GROUP_ROWS:
+                writer.write_table(to_table(rows, STAGED_SCHEMA))
+                num_rows, rows = num_rows + len(rows), []
+        writer.write_table(to_table(rows, STAGED_SCHEMA))
+    return {"index": task["index"], "num_rows": num_rows + len(rows)}
+
+
+def _stage(config: PrepareConfig, maker: RowMaker, output: Folder, shards: list[Shard], console: Console) -> None:
+    """Stages the shards that are not staged yet, one Ray task each."""
+    done = {entry.name for entry in output.list(STAGING)}
+    tasks = [
+        {"index": index, "shard": json.dumps(dataclasses.asdict(shard))}
+        for index, shard in enumerate(shards)
+        if _staged_name(index).removeprefix(f"{STAGING}/") not in done
+    ]
+    if not tasks:
+        return
+    if not ray.is_initialized():
+        ray.init()
+    ray.data.DataContext.get_current().enable_progress_bars = False  # one of our own, in rows
+    # One block per shard. What crosses the object store are shard descriptions and counts, never images.
+    staged = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
+        functools.partial(
+            read_shard,
+            maker=maker,
+            output=output,
+            layout=config.layout,
+            columns=config.columns,
+            num_threads=config.threads_per_task,
+        ),
+        num_cpus=config.cpus_per_task,
+        compute=ray.data.TaskPoolStrategy(size=config.max_tasks),
+    )
+    bars = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*bars, TextColumn("{task.fields[rows]} rows"), console=console) as progress:
+        bar = progress.add_task("shards", total=len(shards), completed=len(shards) - len(tasks), rows=0)
+        num_rows = 0
+        for result in staged.iter_rows():
+            num_rows += result["num_rows"]
+            progress.update(bar, advance=1, rows=num_rows)
+
+
+# ---- staged rows -> manifest and rejected rows, in the order of the shards
+
+
+def _staged(output: Folder, shards: list[Shard], columns: list[str]) -> Iterator[pa.RecordBatch]:
+    for index in range(len(shards)):
+        with output.filesystem.open_input_file(output.at(_staged_name(index))) as file:
+            yield from pq.ParquetFile(file, pre_buffer=False).iter_batches(
+                batch_size=_STAGED_GROUP_ROWS, columns=columns
+            )
+
+
+def _duplicates(output: Folder, shards: list[Shard], *, near: bool) -> dict[int, str]:
+    """Reasons of the rows that repeat an earlier one, by their number among all staged rows.
+
+    Rows that could be duplicates share an instruction, hence a remainder of its key: large data sets are looked
+    through in several passes, each over the rows of one remainder, so that memory does not grow with them.
+    """
+    num_good = sum(b.num_rows - b.column(0).null_count for b in _staged(output, shards, ["instruction_key"]))
+    num_passes = max(1, math.ceil(num_good / _ROWS_PER_PASS))
+    reasons: dict[int, str] = {}
+    for remainder in range(num_passes):
+        numbers, ids, keys, signatures = [], [], [], []
+        start = 0
+        for batch in _staged(output, shards, ["id", "instruction_key", "signatures"]):
+            key = np.asarray(pc.fill_null(batch.column("instruction_key"), -1))
+            chosen = np.flatnonzero((key >= 0) & (key % num_passes == remainder))
+            part = batch.take(pa.array(chosen))
+            numbers.append(chosen + start)
+            ids.append(part.column("id").to_numpy(zero_copy_only=False).astype(np.int64))
+            keys.append(key[chosen])
+            packed = b"".join(part.column("signatures").to_pylist())
+            signatures.append(np.frombuffer(packed, dtype=np.uint8).reshape(-1, PAIR_BYTES))
+            start += batch.num_rows
+        number, id_ = np.concatenate(numbers), np.concatenate(ids)
+        repeats = find_duplicates(id_, np.concatenate(keys), np.concatenate(signatures) if near else None)
+        for index in np.flatnonzero(repeats >= 0):
+            first = repeats[index]
+            is_exact = id_[first] == id_[index]
+            reasons[int(number[index])] = rejection(
+                "exact_duplicate" if is_exact else "near_duplicate", f"repeats the row with id {id_[first]}"
+            )
+    return reasons
+
+
+def _write(
+    config: PrepareConfig, output: Folder, shards: list[Shard], duplicates: dict[int, str]
+) -> tuple[Counter[str], Counter[str]]:
+    """Writes both folders; the same files again after a kill. Returns rows by split, and rejected ones by code."""
+    splits: Counter[str] = Counter()
+    rejected: Counter[str] = Counter()
+
+    def rows(*, is_good: bool) -> Iterator[pa.RecordBatch]:
+        schema, start = (MANIFEST_SCHEMA if is_good else REJECTED_SCHEMA), 0
+        for batch in _staged(output, shards, REJECTED_SCHEMA.names):
+            reasons = batch.column("reason").to_pylist()
+            reasons = [reason or duplicates.get(number) for number, reason in enumerate(reasons, start)]
+            start += batch.num_rows
+            complete = batch.set_column(
+                REJECTED_SCHEMA.get_field_index("reason"), "reason", pa.array(reasons, pa.string())
+            )
+            part = complete.filter(pa.array([(reason is None) == is_good for reason in reasons]))
+            if is_good:
+                splits.update(part.column("split").to_pylist())
+            else:
+                rejected.update(rejection_code(reason) for reason in part.column("reason").to_pylist())
+            yield pa.RecordBatch.from_arrays([part.column(name) for name in schema.names], schema=schema)
+
+    for name, schema, is_good in (("manifest", MANIFEST_SCHEMA, True), ("rejected", REJECTED_SCHEMA, False)):
+        for number, table in enumerate(split_rows(rows(is_good=is_good), schema, config.rows_per_file)):
+            with output.publish(f"{name}/part-{number:05d}.parquet") as path:
+                pq.write_table(table, path)
+    return splits, rejected
+
+
+def show(report: PrepareReport, console: Console) -> None:
+    """Prints a report as a table."""
+    table = Table(title="prepare: rows", title_justify="left")
+    table.add_column("what")
+    table.add_column("rows", justify="right")
+    for split, count in report.splits.items():
+        table.add_row(f"manifest, {split}", str(count))
+    for code, count in report.rejected.items():
+        table.add_row(f"rejected, {code}", str(count))
+    table.add_row("all", str(report.num_rows + sum(report.rejected.values())), style="bold")
+    console.print(table)
+    console.print(f"manifest: {report.manifest}", soft_wrap=True)
+    if report.was_done:
+        console.print("nothing to do: this run was finished before")
+
+
+def main(config: PrepareConfig) -> int:
+    """The job as a command. Returns the exit status."""
+    console = Console()
+    try:
+        report = prepare(config, console=console)
+    except (MGIEError, OSError, ray.exceptions.RayError) as error:
+        Console(stderr=True).print(f"error: {error}", style="red", soft_wrap=True, markup=False, highlight=False)
+        return 1
+    show(report, console)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(PrepareConfig, description=__doc__)))

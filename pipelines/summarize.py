@@ -1,0 +1,499 @@
+#!/usr/bin/env python
+"""Manifest -> ledger: LLaVA says what each edit will look like, Flan-T5 makes it concise. A Ray Data job.
+
+    ray job submit --working-dir . -- python pipelines/summarize.py --manifest s3://bucket/manifest --out s3://bucket/ledger
+
+Without arguments: the embedded sample rows and tiny models, into `out/ledger`.
+
+The rows still to do are cut into blocks of `rows_per_commit`. A block is read, described, summarised and written
+as one file, whole or not at all, under a name that follows from its rows: a task that Ray runs twice writes the
+same file twice. The same command continues an interrupted run: it takes what is not in the ledger yet. Before a
+block is described it takes its rows out of a budget of `max_rows_in_flight` and gives them back when its file is
+written, so a kill loses at most that many rows of work, and never a written one.
+"""
+
+import asyncio
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import os
+import posixpath
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+import ray.data
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mgie.bundles import open_bundle
+from mgie.errors import ConfigError, DataError, MGIEError
+from mgie.ledger import (
+    LEDGER_SCHEMA,
+    MANIFEST_SCHEMA,
+    images_root,
+    list_parquet,
+    read_ledger,
+    read_manifest,
+    rejection_code,
+    split_rows,
+    write_images_root,
+)
+from pipelines.cluster import StageSize, check_cluster, check_shared, start_ray
+from pipelines.describe import BackendName, BundleDescriber, Describer, OpenAIDescriber, TransformersDescriber
+from pipelines.lease import hold_lease
+from pipelines.prepare import PrepareConfig, prepare
+from pipelines.report import REPORT_HTML, RunTotals, ledger_counts, summarize_run, write_report
+from pipelines.stages import PRESETS, DescribeEdit, FetchSources, Preset, Summarize, Summarizer
+from pipelines.storage import Folder, RunRecord, claim, fingerprint, is_store_fault, open_folder
+
+PresetName = Literal["mgie_paper", "fast"]
+Result = TypeVar("Result")
+
+_WORK = "_work"
+_BLOCKS_PER_FILE = 64  # of rows to do: keeps the footer small that each block's task has to read
+_FETCH_CPUS = 0.25  # waits for storage most of the time
+_COMMIT_CPUS = 0.1
+_STALL_S = 1800.0
+_PAUSES_S = (1.0, 5.0, 25.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SummarizeConfig:
+    """Writes expressive instructions for the rows of a manifest."""
+
+    manifest: str | None = None
+    "manifest folder, local or s3://; none: the embedded sample rows"
+    out: str = "out/ledger"
+    "ledger folder, local or s3://"
+    images: str | None = None
+    "where the images lie, if not where the manifest says"
+    endpoint: str | None = None
+    "address of an S3 store that is not Amazon's; default: AWS_ENDPOINT_URL"
+    backend: BackendName = "bundle"
+    "who describes: a bundle of ours, a LLaVA of transformers, or an OpenAI-compatible endpoint"
+    describe_model: str = "tiny"
+    "bundle, hub id or folder, or the endpoint's name of the model"
+    describe_revision: str | None = None
+    "revision of a hub id"
+    base_url: str | None = None
+    "of the OpenAI-compatible endpoint, up to /v1; its key is read from OPENAI_API_KEY"
+    summarize_model: str = "tiny-summarizer"
+    "bundle with a T5"
+    preset: PresetName = "mgie_paper"
+    "prompts and settings: those of the paper, or faster ones"
+    describe_max_new_tokens: int | None = None
+    "tokens of a description at most; none: the preset's"
+    device: str = "auto"
+    "auto, cpu or cuda"
+    dtype: str = "auto"
+    "auto, float32, bfloat16 or float16 (never float16 for T5)"
+    describe: StageSize = field(default_factory=StageSize)
+    "size of the describing stage"
+    summarize: StageSize = field(default_factory=StageSize)
+    "size of the summarising stage"
+    rows_per_commit: int = 32
+    "rows of one block, which is written whole or not at all"
+    max_rows_in_flight: int = 256
+    "rows of work that a kill may lose"
+    retry_failed: bool = False
+    "try the rejected rows again, as their next attempt"
+    cluster_grows: bool = False
+    "the cluster adds nodes on demand: do not refuse to start because it is too small now"
+    gpu_hour_price: float | None = None
+    "price of one GPU hour, for the report's cost per 1,000 rows"
+
+    def __post_init__(self) -> None:
+        if self.rows_per_commit < 1:
+            raise ConfigError(f"rows_per_commit is {self.rows_per_commit}; it must be at least 1")
+        needed = self.rows_per_commit * self.describe.max_actors
+        if self.max_rows_in_flight < needed:
+            raise ConfigError(
+                f"max_rows_in_flight is {self.max_rows_in_flight}; it must be at least {needed}, "
+                "rows_per_commit for each describing actor, or some would never work",
+                param="max_rows_in_flight",
+            )
+        if self.backend == "openai" and not self.base_url:
+            raise ConfigError("backend is openai; give its --base-url", param="base_url")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run did."""
+
+    num_pending: int
+    num_written: int
+    seconds: float
+    ledger: str
+    report: str
+
+
+def summarize(config: SummarizeConfig, *, console: Console | None = None) -> Outcome:
+    """Runs the job to its end.
+
+    Raises:
+        ConfigError: The output holds another run or has another writer, or the cluster is too small.
+        DataError: The manifest cannot be read.
+        OSError: A store is in trouble.
+        ray.exceptions.RayError: A stage failed.
+    """
+    console = console or Console(quiet=True)
+    start_ray()
+    stages = {"describe": config.describe, "summarize": config.summarize}
+    check_cluster(stages, task_cpus=_FETCH_CPUS + _COMMIT_CPUS, grows=config.cluster_grows)
+    out = open_folder(config.out, endpoint=config.endpoint)
+    manifest = _open_manifest(config, out)
+    images = open_folder(
+        images_root(manifest.filesystem, manifest.path, moved_to=config.images), endpoint=config.endpoint
+    )
+    run = _run_record(config, manifest)
+    claim(out, run)
+    check_shared({"the output folder": out, "the folder of the images": images})
+    with hold_lease(out) as lease:
+        num_pending = _plan(config, manifest, out)
+        console.print(
+            f"{num_pending} rows to do; a kill loses at most {config.max_rows_in_flight} rows of work; ledger: {out.url}",
+            soft_wrap=True,
+        )
+        started = time.monotonic()
+        totals = RunTotals()
+        if num_pending:
+            for block in _with_bar(stream(config, out, images, num_pending), num_pending, console):
+                totals.add(block)
+                lease.check()
+        seconds = time.monotonic() - started
+        out.delete(_WORK)
+        if num_pending:
+            report = summarize_run(
+                totals,
+                seconds=seconds,
+                num_gpus=sum(stage.max_actors * stage.num_gpus for stage in stages.values()),
+                gpu_hour_price=config.gpu_hour_price,
+                ledger=ledger_counts(out),
+            )
+            write_report(out, images, report)
+            dataclasses.replace(run, is_finished=True, report=report).write(out)
+        write_images_root(out.filesystem, out.path, images.url)
+    return Outcome(num_pending, totals.rows, seconds, out.url, f"{out.url}/{REPORT_HTML}")
+
+
+def _open_manifest(config: SummarizeConfig, out: Folder) -> Folder:
+    if config.manifest:
+        return open_folder(config.manifest, endpoint=config.endpoint)
+    sample = PrepareConfig(output=posixpath.join(posixpath.dirname(out.url), "sample"), s3_endpoint=config.endpoint)
+    return open_folder(prepare(sample).manifest, endpoint=config.endpoint)
+
+
+def _run_record(config: SummarizeConfig, manifest: Folder) -> RunRecord:
+    """What must not be mixed in one ledger: models, preset, rows."""
+    decides = {
+        "backend": config.backend,
+        "describe_model": config.describe_model,
+        "describe_revision": config.describe_revision or _identity(config.describe_model, config.backend),
+        "base_url": config.base_url,
+        "summarize_model": config.summarize_model,
+        "summarize_revision": open_bundle(config.summarize_model).identity,
+        "preset": config.preset,
+        "describe_max_new_tokens": _preset(config).describe_max_new_tokens,
+        "dtype": config.dtype,
+        "rows": _hash_ids(manifest),
+    }
+    resolved = dataclasses.asdict(config) | decides | {"manifest": manifest.url}
+    return RunRecord(job="summarize", fingerprint=fingerprint(decides), config=resolved)
+
+
+def _identity(model: str, backend: BackendName) -> str | None:
+    return open_bundle(model).identity if backend == "bundle" else None
+
+
+def _hash_ids(manifest: Folder) -> str:
+    digest = hashlib.sha256()
+    for batch in read_manifest(manifest.filesystem, manifest.path, columns=["id"]):
+        digest.update(batch.column("id").to_numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _plan(config: SummarizeConfig, manifest: Folder, out: Folder) -> int:
+    """Writes the rows still to do, one row group per block; returns their number."""
+    rows = _unseen(manifest, _ids(out))
+    if config.retry_failed:
+        rows = itertools.chain(rows, _failed(out))
+    out.delete(_WORK)  # of a run that was killed
+    num_rows = 0
+    tables = split_rows(rows, LEDGER_SCHEMA, config.rows_per_commit * _BLOCKS_PER_FILE)
+    for number, table in enumerate(tables):
+        if table.num_rows:
+            with out.publish(_pending(number)) as path:
+                pq.write_table(table, path, row_group_size=config.rows_per_commit)
+            num_rows += table.num_rows
+    return num_rows
+
+
+def _pending(file_number: int) -> str:
+    return f"{_WORK}/pending-{file_number:05d}.parquet"
+
+
+def _ids(out: Folder) -> npt.NDArray[np.int64]:
+    """Sorted ids that the ledger holds, whatever their status."""
+    if not list_parquet(out.filesystem, out.path):
+        return np.empty(0, dtype=np.int64)
+    batches = read_ledger(out.filesystem, out.path, status=None, columns=["id"])
+    return np.sort(np.concatenate([batch.column("id").to_numpy() for batch in batches]))
+
+
+def _unseen(manifest: Folder, done: npt.NDArray[np.int64]) -> Iterator[pa.RecordBatch]:
+    for batch in read_manifest(manifest.filesystem, manifest.path):
+        new = ~np.isin(batch.column("id").to_numpy(), done, assume_unique=False)
+        yield from _as_ledger(pa.Table.from_batches([batch.filter(pa.array(new))]), attempt=None)
+
+
+def _failed(out: Folder) -> Iterator[pa.RecordBatch]:
+    if not list_parquet(out.filesystem, out.path):
+        return
+    try:
+        for batch in read_ledger(out.filesystem, out.path, status="rejected"):
+            table = pa.Table.from_batches([batch])
+            attempts = pa.array(table.column("attempt").to_numpy() + 1, pa.int32())
+            yield from _as_ledger(table.select(MANIFEST_SCHEMA.names), attempt=attempts)
+    except DataError:
+        return  # none failed
+
+
+def _as_ledger(table: pa.Table, attempt: pa.Array | None) -> list[pa.RecordBatch]:
+    """Manifest rows as ledger rows that nothing has been done for yet."""
+    blank = {name: pa.nulls(table.num_rows, LEDGER_SCHEMA.field(name).type) for name in LEDGER_SCHEMA.names}
+    columns = blank | {name: table.column(name) for name in MANIFEST_SCHEMA.names}
+    columns["attempt"] = pa.array([1] * table.num_rows, pa.int32()) if attempt is None else attempt
+    columns["status"] = pa.array(["rejected"] * table.num_rows, pa.string())  # until it is ok
+    batches: list[pa.RecordBatch] = pa.table(columns, schema=LEDGER_SCHEMA).to_batches()
+    return batches
+
+
+class RowBudget:
+    """Rows that may be under way between the describing stage and the disk.
+
+    A block that fails for good ends the job, so its rows need not come back.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._taken: dict[str, int] = {}
+        self._freed = asyncio.Condition()
+
+    async def take(self, block: str, num_rows: int) -> None:
+        """Waits until the rows fit; a block that Ray runs again has its rows already.
+
+        Raises:
+            TimeoutError: No block was written for half an hour: what was under way is lost, as with a node.
+        """
+        async with self._freed:
+            while block not in self._taken and sum(self._taken.values()) + num_rows > self._limit:
+                await asyncio.wait_for(self._freed.wait(), _STALL_S)
+            self._taken[block] = num_rows
+
+    async def give_back(self, block: str) -> None:
+        """The block is written."""
+        async with self._freed:
+            self._taken.pop(block, None)
+            self._freed.notify_all()
+
+
+class _Describe(DescribeEdit):
+    """The stage as Ray Data runs it."""
+
+    def __init__(
+        self, make_describer: Callable[[], Describer], *, preset: PresetName, batch_size: int, budget: Any
+    ) -> None:
+        def take(table: pa.Table) -> None:
+            ray.get(budget.take.remote(_block_name(table), table.num_rows))
+
+        super().__init__(make_describer, preset=preset, batch_size=batch_size, before_work=take)
+
+
+def _preset(config: SummarizeConfig) -> Preset:
+    preset = PRESETS[config.preset]
+    if config.describe_max_new_tokens is None:
+        return preset
+    return dataclasses.replace(preset, describe_max_new_tokens=config.describe_max_new_tokens)
+
+
+def make_describer(config: SummarizeConfig) -> Describer:
+    """The backend that the configuration names."""
+    preset = _preset(config)
+    if config.backend == "bundle":
+        return BundleDescriber(
+            config.describe_model,
+            max_new_tokens=preset.describe_max_new_tokens,
+            stop_early=preset.stop_early,
+            device=config.device,
+            dtype=config.dtype,
+        )
+    if config.backend == "transformers":
+        return TransformersDescriber(
+            config.describe_model,
+            revision=config.describe_revision,
+            max_new_tokens=preset.describe_max_new_tokens,
+            device=config.device,
+            dtype=config.dtype,
+        )
+    return OpenAIDescriber(
+        config.base_url or "",
+        model=config.describe_model,
+        api_key=os.environ.get("OPENAI_API_KEY"),
+        max_new_tokens=preset.describe_max_new_tokens,
+    )
+
+
+def make_summarizer(config: SummarizeConfig) -> Summarizer:
+    """The model that makes descriptions concise."""
+    dtype = "auto" if config.dtype == "float16" else config.dtype  # T5 overflows in float16; auto never chooses it
+    return Summarizer(config.summarize_model, _preset(config), device=config.device, dtype=dtype)
+
+
+def stream(
+    config: SummarizeConfig,
+    out: Folder,
+    images: Folder,
+    num_pending: int,
+    *,
+    describer: Callable[[SummarizeConfig], Describer] = make_describer,
+    summarizer: Callable[[SummarizeConfig], Summarizer] = make_summarizer,
+) -> Iterator[dict[str, Any]]:
+    """Streams the planned blocks through the stages; gives the figures of each block when it is written.
+
+    Args:
+        num_pending: Rows that were planned.
+        describer: Makes the model of a describing actor. summarizer: Makes that of a summarising one.
+    """
+    numbers = range(-(-num_pending // config.rows_per_commit))
+    budget: Any = ray.remote(num_cpus=0)(RowBudget).remote(config.max_rows_in_flight)
+    describe = {"preset": config.preset, "batch_size": config.describe.batch_size, "budget": budget}
+    fetch, commit = partial(_fetch, out=out, images=images), partial(_commit, out=out, budget=budget)
+    written = (
+        # Not range(): its read tasks ask for a whole CPU each, which a small cluster may never have free.
+        ray.data.from_items([{"block": number} for number in numbers], override_num_blocks=len(numbers))
+        .map_batches(fetch, batch_size=1, batch_format="pyarrow", num_cpus=_FETCH_CPUS)
+        .map_batches(
+            _Describe,
+            fn_constructor_args=(partial(describer, config),),
+            fn_constructor_kwargs=describe,
+            **config.describe.pool(),
+        )
+        .map_batches(
+            Summarize,
+            fn_constructor_args=(partial(summarizer, config),),
+            fn_constructor_kwargs={"batch_size": config.summarize.batch_size},
+            **config.summarize.pool(),
+        )
+        .map_batches(commit, batch_size=None, batch_format="pyarrow", num_cpus=_COMMIT_CPUS)
+    )
+    batches: Iterator[Any] = iter(written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+    for batch in batches:
+        yield from map(json.loads, batch.column("figures").to_pylist())
+
+
+def _with_bar(blocks: Iterator[dict[str, Any]], num_rows: int, console: Console) -> Iterator[dict[str, Any]]:
+    """The same blocks, with a progress bar from the first one on: the models are loaded then, and all is quiet."""
+    columns = (TextColumn("expressive instructions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    for first in itertools.islice(blocks, 1):
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task("rows", total=num_rows)
+            for block in itertools.chain([first], blocks):
+                bar.update(task, advance=block["rows"])
+                yield block
+
+
+def _fetch(block: pa.Table, *, out: Folder, images: Folder) -> pa.Table:
+    """The rows of a block, with their images."""
+    [number] = block.column("block").to_pylist()
+
+    def read() -> pa.Table:
+        with out.filesystem.open_input_file(out.at(_pending(number // _BLOCKS_PER_FILE))) as file:
+            return pq.ParquetFile(file).read_row_group(number % _BLOCKS_PER_FILE)
+
+    rows = _patiently(read)
+    return _patiently(lambda: FetchSources(images)(rows))
+
+
+def _commit(rows: pa.Table, *, out: Folder, budget: Any) -> pa.Table:
+    """Writes a block, then frees its share of the budget; returns its figures for the report."""
+    buffer = io.BytesIO()
+    pq.write_table(rows.select(LEDGER_SCHEMA.names), buffer)
+    _patiently(lambda: out.write(f"part-{_block_name(rows)}.parquet", buffer.getvalue()))
+    ray.get(budget.give_back.remote(_block_name(rows)))
+    reasons = [reason for reason in rows.column("reason").to_pylist() if reason]
+    counted = ("describe_prompt_tokens", "describe_tokens", "summarize_prompt_tokens", "summarize_tokens")
+    figures = {
+        "rows": rows.num_rows,
+        "status": Counter(rows.column("status").to_pylist()),
+        "reasons": Counter(map(rejection_code, reasons)),
+        "tokens": {name: pc.sum(rows.column(name)).as_py() or 0 for name in counted},
+        "stages": json.loads(rows.column("times")[0].as_py()),
+    }
+    return pa.table({"figures": [json.dumps(figures)]})
+
+
+def _patiently(work: Callable[[], Result]) -> Result:
+    """Result of `work`, tried again where a store stays in trouble beyond the tries of its file system.
+
+    Raises:
+        OSError: It does so for half a minute, or the fault is not the store's.
+    """
+    for pause_s in _PAUSES_S:
+        try:
+            return work()
+        except OSError as error:
+            if not is_store_fault(error):
+                raise
+            time.sleep(pause_s)
+    return work()
+
+
+def _block_name(rows: pa.Table) -> str:
+    """Follows from ids and attempts alone, so that the same rows give the same file."""
+    columns = (rows.column("id").to_numpy().tobytes(), rows.column("attempt").to_numpy().tobytes())
+    return hashlib.sha256(b"".join(columns)).hexdigest()[:20]
+
+
+def main(config: SummarizeConfig) -> int:
+    """The job as a command. Returns the exit status: 0 done, 1 interrupted by a fault, 2 refused."""
+    console, errors = Console(), Console(stderr=True, style="red", soft_wrap=True, markup=False, highlight=False)
+    try:
+        outcome = summarize(config, console=console)
+    except MGIEError as error:
+        errors.print(f"error: {error}")
+        return 2
+    except (OSError, ray.exceptions.RayError) as error:
+        cause = _cause(error)
+        errors.print(f"error: {type(cause).__name__}: {cause}\nthe same command continues the run")
+        return 1
+    console.print(
+        f"{outcome.num_written} rows written in {outcome.seconds:.1f} s; ledger: {outcome.ledger}; "
+        f"report: {outcome.report}",
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What a worker raised, out of what Ray wraps around it."""
+    while (inner := getattr(error, "cause", None) or error.__cause__) is not None:
+        error = inner
+    return error
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(SummarizeConfig)))

@@ -1,0 +1,347 @@
+"""What the tests and the benchmark of killed jobs share: a private cluster, drawn rows, an endpoint that counts."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from mgie.ledger import MANIFEST_SCHEMA, count_ledger, read_ledger, row_id, to_table, write_images_root
+from pipelines.storage import Folder, open_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+JOB = ROOT / "pipelines" / "summarize.py"
+_WORDS = "make it night winter red balloon add remove car brighter darker warm cold sky house".split()
+_NUM_IMAGES = 16
+
+
+# ---- rows
+
+
+def write_manifest(folder: Folder, num_rows: int, *, seed: int = 0, side_px: int = 64) -> int:
+    """Draws a manifest; some images are missing, some damaged. Returns the number of rows that can be described."""
+    rng = random.Random(seed)
+    for i in range(_NUM_IMAGES):
+        buffer = BytesIO()
+        color = tuple(rng.randrange(256) for _ in range(3))
+        Image.new("RGB", (side_px + i % 3 * 8, side_px), color).save(buffer, "PNG")
+        folder.write(f"images/{i}.png", buffer.getvalue())
+    folder.write("images/broken.png", b"no image")
+    rows, num_good = [], 0
+    for i in range(num_rows):
+        source = f"images/{i % _NUM_IMAGES}.png"
+        if i % 17 == 5:
+            source = "images/missing.png"
+        elif i % 19 == 3:
+            source = "images/broken.png"
+        else:
+            num_good += 1
+        instruction = f"{' '.join(rng.choices(_WORDS, k=rng.randrange(2, 7)))} {i}"
+        rows.append(
+            {
+                "id": row_id(str(i).encode(), b"goal", instruction, "forward"),
+                "dataset": "drawn",
+                "split": "train",
+                "source": source,
+                "goal": f"images/{(i + 1) % _NUM_IMAGES}.png",
+                "instruction": instruction,
+                "provenance": "{}",
+            }
+        )
+    table, half = to_table(rows, MANIFEST_SCHEMA), num_rows // 2
+    for number, part in enumerate((table.slice(0, half), table.slice(half))):
+        with folder.publish(f"part-{number}.parquet") as path:
+            pq.write_table(part, path)
+    write_images_root(folder.filesystem, folder.path, ".")
+    return num_good
+
+
+def ledger_rows(out: Folder) -> dict[int, dict[str, Any]]:
+    """Rows by id, as the reader gives them."""
+    columns = ["id", "status", "reason", "attempt", "verbose", "expressive", "instruction"]
+    batches = read_ledger(out.filesystem, out.path, status=None, columns=columns)
+    rows = pa.Table.from_batches(batches).to_pylist()
+    by_id = {row["id"]: row for row in rows}
+    assert len(by_id) == len(rows), "the reader repeats ids"
+    return by_id
+
+
+def num_described(out: Folder) -> int:
+    """Rows in the ledger's files that a model has described."""
+    if not count_ledger(out.filesystem, out.path).num_rows:
+        return 0
+    return sum(row["verbose"] is not None for row in ledger_rows(out).values())
+
+
+# ---- who describes
+
+
+def answer(instruction: str) -> str:
+    """What the endpoint says: follows from the instruction."""
+    digest = hashlib.sha256(instruction.encode()).digest()
+    words = [_WORDS[byte % len(_WORDS)] for byte in digest[:8]]
+    return f"The image will show {' '.join(words)}. It will be {words[0]}."
+
+
+@dataclass
+class Endpoint:
+    """An OpenAI-compatible endpoint on loopback that takes `service_s` per question, and counts them."""
+
+    service_s: float
+    asked: list[str] = field(default_factory=list)
+
+    def __enter__(self) -> "Endpoint":
+        endpoint = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                question = body["messages"][0]["content"][1]["text"]
+                endpoint.asked.append(question)
+                time.sleep(endpoint.service_s)
+                message = {"content": answer(question)}
+                usage = {"prompt_tokens": len(question), "completion_tokens": 20}
+                data = json.dumps({"choices": [{"message": message}], "usage": usage}).encode()
+                self.send_response_only(200)
+                self.send_header("content-length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *args: Any) -> None:
+                """Says nothing."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def settled(self) -> int:
+        """Questions asked, once nobody asks any more."""
+        count, since = len(self.asked), time.monotonic()
+        while time.monotonic() - since < 1.5:
+            time.sleep(0.1)
+            if len(self.asked) != count:
+                count, since = len(self.asked), time.monotonic()
+        return count
+
+
+# ---- the cluster and the job
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray cluster of this process alone."""
+
+    env: dict[str, str]
+    folder: Path
+
+    def workers(self, title: str) -> list[int]:
+        """Ids of this cluster's worker processes whose title begins so."""
+        found = []
+        for raylet in psutil.process_iter(["name", "cmdline"]):
+            if raylet.info["name"] != "raylet" or not any(str(self.folder) in arg for arg in raylet.info["cmdline"]):
+                continue
+            for child in raylet.children(recursive=True):
+                try:
+                    if child.cmdline()[:1] and child.cmdline()[0].startswith(title):
+                        found.append(child.pid)
+                except psutil.Error:  # it has ended meanwhile
+                    continue
+        return found
+
+
+@contextmanager
+def private_cluster(num_cpus: int) -> Iterator[Cluster]:
+    """A cluster of one node on this machine, without dashboard; stopped at the end, and nothing else is."""
+    folder = Path(tempfile.mkdtemp(prefix="mgie-ray-"))  # short: paths of sockets are limited to about 100 bytes
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = (
+        f"start --head --block --node-ip-address 127.0.0.1 --port {port} --num-cpus {num_cpus} --temp-dir {folder} "
+        "--include-dashboard false --object-store-memory 300000000 --min-worker-port 0 --max-worker-port 0"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ray.scripts.scripts", *command.split()],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        env = {**env, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+        _wait(lambda: _listens(port), timeout_s=60, what="the cluster's start")
+        yield Cluster(env, folder)
+    finally:
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        for member in family:
+            try:
+                member.kill()
+            except psutil.NoSuchProcess:
+                continue
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _wait(is_so: Callable[[], bool], *, timeout_s: float, what: str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {timeout_s:.0f} s for {what}")
+        time.sleep(0.05)
+
+
+class Job:
+    """The command, started in the background; what it prints goes to a file. A context manager that leaves none behind."""
+
+    def __init__(self, flags: list[str], env: dict[str, str], *, cwd: Path) -> None:
+        with tempfile.NamedTemporaryFile(prefix="mgie-job-", suffix=".log", delete=False) as log:
+            self._log = Path(log.name)
+            self.process = subprocess.Popen(
+                [sys.executable, str(JOB), *flags], env=env, cwd=cwd, stdout=log, stderr=subprocess.STDOUT
+            )
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.is_running():
+            self.kill()
+        self._log.unlink(missing_ok=True)
+
+    def is_running(self) -> bool:
+        return self.process.poll() is None
+
+    def kill(self) -> None:
+        """SIGKILL, which must hit a running job."""
+        assert self.is_running(), f"the job had ended before it was killed:\n{self.output()}"
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def output(self) -> str:
+        return self._log.read_text()
+
+    def finish(self, timeout_s: float = 600) -> tuple[int, str]:
+        """Exit status and output."""
+        return self.process.wait(timeout_s), self.output()
+
+    def wait_until(self, is_so: Callable[[], bool], what: str, timeout_s: float = 300) -> None:
+        """Waits for something that the running job brings about."""
+
+        def is_it() -> bool:
+            if not self.is_running() and not is_so():
+                raise AssertionError(f"the job ended before {what}:\n{self.output()}")
+            return is_so()
+
+        _wait(is_it, timeout_s=timeout_s, what=what)
+
+
+# ---- killing
+
+
+@dataclass
+class Chaos:
+    """What a series of kills did."""
+
+    lost_per_driver_kill: list[int] = field(default_factory=list)
+    killed: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    num_asked: int = 0
+
+
+def run_with_kills(
+    flags: list[str],
+    cluster: Cluster,
+    out: Folder,
+    endpoint: Endpoint,
+    *,
+    num_good: int,
+    driver_kills: int,
+    worker_titles: list[str],
+    seed: int,
+    cwd: Path,
+) -> Chaos:
+    """Runs the command to its end, killing its driver at random points, then in its last run workers and actors.
+
+    Points are numbers of questions asked, so that a kill hits a job at work.
+    """
+    chaos, rng = Chaos(), random.Random(seed)
+    num_lost = 0
+    for kill in range(driver_kills):
+        with Job(flags, cluster.env, cwd=cwd) as job:
+            # Somewhere in the kill's share of the first two thirds of what is to do.
+            start = num_described(out)
+            share = (num_good * 2 / 3 - start) / (driver_kills - kill)
+            point = len(endpoint.asked) + max(1, round(share * rng.uniform(0.6, 1.3)))
+            job.wait_until(lambda point=point: len(endpoint.asked) >= point, f"question {point}")
+            job.kill()
+            asked, described = endpoint.settled(), num_described(out)
+            assert described < num_good, "the kill came when all was done"
+            chaos.lost_per_driver_kill.append(asked - described - num_lost)
+            num_lost = asked - described
+            chaos.killed.append(f"driver at question {point}")
+            chaos.outputs.append(job.output())
+    with Job(flags, cluster.env, cwd=cwd) as job:
+        left = num_good - num_described(out)
+        for number, title in enumerate(worker_titles):
+            point = len(endpoint.asked) + left // (len(worker_titles) + 2)
+            job.wait_until(lambda point=point: len(endpoint.asked) >= point, f"question {point}")
+            job.wait_until(lambda title=title: bool(cluster.workers(title)), f"a process {title}")
+            assert job.is_running()
+            pid = rng.choice(cluster.workers(title))
+            os.kill(pid, signal.SIGKILL)
+            assert num_described(out) < num_good, "the kill came when all was done"
+            chaos.killed.append(f"{title} ({number})")
+        status, output = job.finish()
+        chaos.outputs.append(output)
+        assert status == 0, output
+    chaos.num_asked = len(endpoint.asked)
+    return chaos
+
+
+def drawn(folder: Path, num_rows: int) -> tuple[Folder, int]:
+    """A manifest on the local disk, and the number of its rows that can be described."""
+    manifest = open_folder(folder)
+    return manifest, write_manifest(manifest, num_rows)
