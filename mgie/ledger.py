@@ -50,6 +50,7 @@ RejectionCode = Literal[
     "no_description",  # it wrote nothing that can be used
     "summarize_failed",
     "no_summary",
+    "edit_failed",  # the editing model could not take the row
 ]
 
 IMAGES_FILE = "images.json"
@@ -115,6 +116,33 @@ status       ok | rejected                              reason       null unless
 attempt      from 1; `--retry-failed` appends a row with the next
 describe_*, summarize_*   model, revision, tokens read and written, seconds of the row's share of its batch
 preset       which prompts and settings
+"""
+
+
+EDITS_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.int64(), nullable=False),
+        pa.field("image", pa.string(), nullable=False),
+        pa.field("instruction", pa.string(), nullable=False),
+        pa.field("given", pa.string()),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("attempt", pa.int32(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("reason", pa.string()),
+        pa.field("edited", pa.string()),
+        pa.field("expressive", pa.string()),
+        pa.field("used_fallback", pa.bool_()),
+        pa.field("settings", pa.string()),
+        pa.field("bundle", pa.string()),
+        pa.field("seconds", pa.float64()),
+    ]
+)
+"""Bulk edits (`pipelines/edit.py`), one row per edit and attempt:
+id           of the edit: hash of image URI, instruction, given expressive instruction and seed
+image        URI of the source              given        expressive instruction given by the user, or null
+edited       URI of the result, below the folder of this ledger
+expressive   what guided the edit           used_fallback   the model gave no usable visual tokens
+settings     JSON of EditSettings           bundle       identity of the bundle
 """
 
 

@@ -34,15 +34,8 @@ _SUMMARIZER_TOKENS = 512  # T5 was trained on inputs of this length
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-TRAVELLING_SCHEMA = pa.schema(
-    [
-        *LEDGER_SCHEMA,
-        pa.field("pixels", pa.binary()),
-        pa.field("width", pa.int32()),
-        pa.field("height", pa.int32()),
-        pa.field("times", pa.string()),
-    ]
-)
+PIXEL_FIELDS = [pa.field("pixels", pa.binary()), pa.field("width", pa.int32()), pa.field("height", pa.int32())]
+TRAVELLING_SCHEMA = pa.schema([*LEDGER_SCHEMA, *PIXEL_FIELDS, pa.field("times", pa.string())])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,18 +68,26 @@ PRESETS: Mapping[str, Preset] = {
 
 
 class FetchSources:
-    """Reads and decodes the source image of each row.
+    """Reads and decodes the image of each row.
 
     Args:
         root: Folder that the rows' URIs are relative to.
+        column: Which column holds the URI. schema: Of the rows on their way.
     """
 
-    def __init__(self, root: Folder, limits: ImageLimits = ImageLimits()) -> None:  # noqa: B008  # frozen
-        self._root, self._limits = root, limits
+    def __init__(
+        self,
+        root: Folder,
+        *,
+        column: str = "source",
+        schema: pa.Schema = TRAVELLING_SCHEMA,
+        limits: ImageLimits = ImageLimits(),  # noqa: B008  # frozen
+    ) -> None:
+        self._root, self._column, self._schema, self._limits = root, column, schema, limits
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Adds pixels, or a reason."""
-        return to_table([row | self._fetch(row["source"]) for row in table.to_pylist()], TRAVELLING_SCHEMA)
+        return to_table([row | self._fetch(row[self._column]) for row in table.to_pylist()], self._schema)
 
     def _fetch(self, uri: str) -> dict[str, Any]:
         try:
@@ -172,7 +173,7 @@ class DescribeEdit:
         for row, result in zip(rows, in_halves(work, rows), strict=True):
             seconds = (time.perf_counter() - started) / len(rows)
             if isinstance(result, Exception):
-                row["reason"] = rejection("describe_failed", _one_line(result))
+                row["reason"] = rejection("describe_failed", one_line(result))
             elif not result.text:
                 row["reason"] = rejection("no_description", "the model wrote no words")
             else:
@@ -254,7 +255,7 @@ class Summarize:
             results = in_halves(self._summarizer.summarize, part, key=lambda row: row["verbose"])
             for row, result in zip(part, results, strict=True):
                 if isinstance(result, Exception):
-                    row["reason"] = rejection("summarize_failed", _one_line(result))
+                    row["reason"] = rejection("summarize_failed", one_line(result))
                     continue
                 text, num_read, num_written = result
                 row |= {
@@ -303,5 +304,6 @@ def in_halves(
     return [*in_halves(work, items[:middle], key=key), *in_halves(work, items[middle:], key=key)]
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What an exception says, on one line of bounded length."""
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,108 @@
+"""The editing stage of bulk jobs: batches of photos and instructions -> encoded edited images. Plain Python, no Ray.
+
+Rows pass through as in `stages.py`: one that cannot be edited leaves with a reason.
+"""
+
+import dataclasses
+import json
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+from PIL import Image
+
+from mgie.bundles import open_bundle
+from mgie.conditioner import EditRequest
+from mgie.editor import SOFTWARE
+from mgie.images import EditMetadata, OutputFormat, write_image
+from mgie.ledger import EDITS_SCHEMA, rejection, to_table
+from mgie.renderer import RenderRequest
+from pipelines.stages import PIXEL_FIELDS, in_halves, one_line
+
+TRAVELLING_EDITS_SCHEMA = pa.schema([*EDITS_SCHEMA, *PIXEL_FIELDS, pa.field("data", pa.binary())])
+
+
+class EditImages:
+    """Both halves of an edit in one actor; rows of one working size share batches.
+
+    Args:
+        settings: Fields of EditSettings that differ from the bundle's defaults.
+        batch_size: Rows per model call.
+
+    Raises:
+        BundleError, ConfigError: The bundle cannot be used, a setting is not allowed, or the device is not there.
+    """
+
+    def __init__(
+        self,
+        bundle: str,
+        *,
+        settings: Mapping[str, Any],
+        output_format: OutputFormat,
+        batch_size: int,
+        device: str,
+        dtype: str,
+    ) -> None:
+        opened = open_bundle(bundle)
+        self._settings = opened.config.defaults.override(**settings)
+        self._conditioner = opened.load_conditioner(device=device, dtype=dtype)
+        self._renderer = opened.load_renderer(device=device, dtype=dtype)
+        self._identity, self._format, self._batch_size = opened.identity, output_format, batch_size
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Adds the encoded results (`data`) and settles each row's status; the pixels end here."""
+        rows = table.to_pylist()
+        sizes: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
+        for row in rows:
+            if row["reason"] is None:
+                sizes[self._renderer.work_size((row["width"], row["height"]), self._settings)].append(row)
+        for alike in sizes.values():
+            for start in range(0, len(alike), self._batch_size):
+                self._edit(alike[start : start + self._batch_size])
+        settings = json.dumps(dataclasses.asdict(self._settings))
+        for row in rows:
+            row |= {
+                "pixels": None,
+                "width": None,
+                "height": None,
+                "settings": settings,
+                "bundle": self._identity,
+                "status": "ok" if row["reason"] is None else "rejected",
+            }
+        return to_table(rows, TRAVELLING_EDITS_SCHEMA)
+
+    def _edit(self, rows: Sequence[dict[str, Any]]) -> None:
+        started = time.perf_counter()
+        results = in_halves(self._results, rows)
+        for row, result in zip(rows, results, strict=True):
+            if isinstance(result, Exception):
+                row["reason"] = rejection("edit_failed", one_line(result))
+            else:
+                row.update(result, seconds=(time.perf_counter() - started) / len(rows))
+
+    def _results(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        images = [Image.frombytes("RGB", (row["width"], row["height"]), row["pixels"]) for row in rows]
+        guidances = self._conditioner.derive(
+            [
+                EditRequest(image=image, instruction=row["instruction"], expressive=row["given"])
+                for image, row in zip(images, rows, strict=True)
+            ]
+        )
+        requests = [
+            RenderRequest(image=image, guidance=guidance, settings=self._settings, seed=row["seed"])
+            for image, guidance, row in zip(images, guidances, rows, strict=True)
+        ]
+        edited = dict(self._renderer.render(requests))
+        return [
+            {
+                "data": write_image(edited[i], format=self._format, metadata=self._metadata(row["seed"])),
+                "expressive": guidance.expressive,
+                "used_fallback": guidance.used_fallback,
+            }
+            for i, (row, guidance) in enumerate(zip(rows, guidances, strict=True))
+        ]
+
+    def _metadata(self, seed: int) -> EditMetadata:
+        return EditMetadata(seed=seed, bundle=self._identity, software=SOFTWARE)
