@@ -23,6 +23,7 @@ from mgie.bundles import open_bundle
 from mgie.checkpoint import Bundle
 from mgie.config import BundleConfig, Sampler
 from mgie.convert import KeptDtype, Sources, convert
+from mgie.edit_list import parse_edit_list
 from mgie.editor import Editor, output_format
 from mgie.errors import ConfigError, DataError, ImageError, MGIEError
 from mgie.images import OutputFormat
@@ -153,7 +154,7 @@ def _edits(
             raise ConfigError(
                 "an instruction was given beside a .jsonl file; the file names its own", param="instruction"
             )
-        rows = list(_read_jsonl(source))
+        rows = _read_list(source)
     elif source.is_dir():
         images = sorted(path for path in source.iterdir() if path.suffix.lower() in _IMAGE_SUFFIXES)
         if not images:
@@ -176,30 +177,12 @@ def _edits(
         yield _Edit(**(defaults | row), target=folder / f"{name}.{suffix}")
 
 
-def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    allowed = {"image": str, "instruction": str, "expressive": str, "seed": int}
+def _read_list(path: Path) -> list[dict[str, Any]]:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        content = path.read_bytes()
+    except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from error
-    # Not splitlines: JSON texts may hold other line separators, such as U+2028.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict) or not {"image", "instruction"} <= set(row) <= set(allowed):
-            raise DataError(
-                f"{path}, line {number} must be an object with image, instruction and optionally expressive, seed"
-            )
-        wrong = [name for name, value in row.items() if not isinstance(value, allowed[name]) or isinstance(value, bool)]
-        if wrong:
-            raise DataError(
-                f"{path}, line {number}: {wrong[0]} is {row[wrong[0]]!r}; it must be a {allowed[wrong[0]].__name__}"
-            )
-        yield row | {"image": path.parent / row["image"]}
+    return [row | {"image": path.parent / row["image"]} for row in parse_edit_list(content, str(path))]
 
 
 def convert_command(

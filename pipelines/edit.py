@@ -31,6 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mgie.bundles import open_bundle
 from mgie.config import MAX_SEED, Sampler
+from mgie.edit_list import parse_edit_list
 from mgie.errors import ConfigError, DataError, MGIEError
 from mgie.images import OutputFormat
 from mgie.ledger import (
@@ -172,7 +173,7 @@ def _read_source(config: EditConfig) -> tuple[Folder, list[dict[str, Any]]]:
     """The folder that image URIs are relative to, and the edits asked for."""
     if config.source.endswith(".jsonl"):
         folder = open_folder(posixpath.dirname(config.source) or ".", endpoint=config.endpoint)
-        asked = _read_jsonl(folder, posixpath.basename(config.source))
+        asked = _read_list(folder, posixpath.basename(config.source))
     else:
         folder = open_folder(config.source, endpoint=config.endpoint)
         if folder.exists(IMAGES_FILE):
@@ -195,33 +196,12 @@ def _read_source(config: EditConfig) -> tuple[Folder, list[dict[str, Any]]]:
     return folder, _edits(config, asked)
 
 
-def _read_jsonl(folder: Folder, name: str) -> list[dict[str, Any]]:
-    kinds = {"image": str, "instruction": str, "expressive": str, "seed": int}
-    rows = []
+def _read_list(folder: Folder, name: str) -> list[dict[str, Any]]:
     try:
-        lines = folder.read(name).decode().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        content = folder.read(name)
+    except OSError as error:
         raise DataError(f"{folder.url}/{name} cannot be read: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{name}, line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict) or not {"image", "instruction"} <= set(row) <= set(kinds):
-            raise DataError(
-                f"{name}, line {number} must be an object with image, instruction and optionally expressive, seed"
-            )
-        wrong = [key for key, value in row.items() if not isinstance(value, kinds[key]) or isinstance(value, bool)]
-        if wrong:
-            raise DataError(
-                f"{name}, line {number}: {wrong[0]} is {row[wrong[0]]!r}; it must be a {kinds[wrong[0]].__name__}"
-            )
-        rows.append(row)
-    if not rows:
-        raise DataError(f"{folder.url}/{name} holds no rows")
-    return rows
+    return parse_edit_list(content, name)
 
 
 def _edits(config: EditConfig, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:

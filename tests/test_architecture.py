@@ -42,6 +42,7 @@ MGIE_ORDER = (
     "bundles",
     "weights",
     "convert",
+    "edit_list",
     "editor",
     "parity",
     "cli",
