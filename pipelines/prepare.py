@@ -46,8 +46,10 @@ from mgie.ledger import (
     to_table,
     write_images_root,
 )
+from pipelines.cluster import check_shared, start_ray
 from pipelines.duplicates import PAIR_BYTES, find_duplicates
-from pipelines.readers import Columns, Layout, Shard, make_reader
+from pipelines.lease import hold_lease
+from pipelines.readers import Columns, Layout, Reader, Shard, make_reader
 from pipelines.rows import STAGED_SCHEMA, RowMaker
 from pipelines.storage import Folder, RunRecord, claim, fingerprint, open_folder
 
@@ -132,11 +134,10 @@ def prepare(config: PrepareConfig, *, console: Console | None = None) -> Prepare
     """Runs the job; goes on with a run that was killed.
 
     Raises:
-        ConfigError: The output folder holds something else, or an argument is wrong.
+        ConfigError: The output folder holds something else, another process writes to it, or not all nodes see it.
         DataError: The input is not in the layout, or gives no rows.
         OSError: A store is in trouble.
     """
-    began = time.monotonic()
     console = console or Console(quiet=True)
     source, output = _folders(config)
     reader = make_reader(config.layout, config.columns)
@@ -148,10 +149,26 @@ def prepare(config: PrepareConfig, *, console: Console | None = None) -> Prepare
         fingerprint=fingerprint({**content, "shards": [dataclasses.asdict(shard) for shard in shards]}),
         config=content,
     )
-    claimed = claim(output, run)
-    if claimed.is_finished:
-        return PrepareReport(**{**(claimed.report or {}), "folder": output.url, "was_done": True})
+    if not claim(output, run).is_finished:
+        with hold_lease(output):
+            # Once more: another process may have finished the run just before.
+            if not claim(output, run).is_finished:
+                return _run(config, source, output, reader=reader, shards=shards, run=run, console=console)
+    report = claim(output, run).report or {}
+    return PrepareReport(**{**report, "folder": output.url, "was_done": True})
 
+
+def _run(
+    config: PrepareConfig,
+    source: Folder,
+    output: Folder,
+    *,
+    reader: Reader,
+    shards: list[Shard],
+    run: RunRecord,
+    console: Console,
+) -> PrepareReport:
+    began = time.monotonic()
     extracts = reader.extracts(source)
     maker = RowMaker(
         folder=source,
@@ -230,9 +247,8 @@ def _stage(config: PrepareConfig, maker: RowMaker, output: Folder, shards: list[
     ]
     if not tasks:
         return
-    if not ray.is_initialized():
-        ray.init()
-    ray.data.DataContext.get_current().enable_progress_bars = False  # one of our own, in rows
+    start_ray()
+    check_shared({"the raw data set": maker.folder, "the output folder": output})
     # One block per shard. What crosses the object store are shard descriptions and counts, never images.
     staged = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
         functools.partial(

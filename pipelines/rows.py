@@ -77,7 +77,7 @@ class RowMaker:
                 row[name] = ref
         if problem := _text_problem(row):
             clean = {k: v for k, v in row.items() if k in ("dataset", "licence", "split", "turn")}
-            return _rejected(clean, "bad_row", problem, {})
+            return _rejected(clean, "bad_row", problem, edit.provenance)
         provenance = dict(edit.provenance) | ({"direction": edit.direction} if edit.direction != "forward" else {})
         if not instruction:
             return _rejected(row, "empty_instruction", "the instruction is empty", provenance)

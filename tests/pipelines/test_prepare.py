@@ -23,6 +23,8 @@ from mgie.errors import ConfigError, DataError
 from mgie.images import read_image
 from mgie.ledger import images_root, read_manifest, rejection_code, resolve_uri, row_id
 from mgie.tiny.sample import write_sample
+from pipelines import lease
+from pipelines.lease import hold_lease
 from pipelines.storage import open_folder
 from tests.pipelines import raw_data
 from tests.pipelines.raw_data import Edit, edits, picture, with_one
@@ -188,6 +190,21 @@ def test_a_finished_run_is_not_run_again_and_another_one_is_refused(
     with pytest.raises(ConfigError, match="the input's files differ"):
         prepare(config)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_second_writer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_sample(tmp_path / "raw", 4)
+    config = PrepareConfig(input=str(tmp_path / "raw"), output=str(tmp_path / "out"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "_stage", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare(config)
+    monkeypatch.setattr(lease, "RENEW_S", 0.1)
+    with hold_lease(open_folder(tmp_path / "out")), pytest.raises(ConfigError, match="only one job may"):
+        prepare(config)
+    assert not (tmp_path / "out" / "manifest").exists()
+    assert prepare(config).num_rows == 4
 
 
 @pytest.mark.usefixtures("cluster")

@@ -9,15 +9,22 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from mgie.errors import DataError
-from mgie.ledger import rejection_code
+from mgie.ledger import rejection_code, to_table
 from pipelines.duplicates import PAIR_BYTES, find_duplicates
 from pipelines.readers import Columns, Layout, make_reader
 from pipelines.readers.plain_pickle import read_plain_pickle
+from pipelines.rows import STAGED_SCHEMA
 from pipelines.storage import open_folder
 from tests.pipelines import raw_data
 from tests.pipelines.raw_data import Edit, bad, edits, good, picture, read_rows
+
+_KEYS = st.sampled_from(
+    ["input", "output", "request", "expert_summary", "img0", "img1", "sents", "uid", "edit", "instruction", "mask"]
+)
 
 
 def _read(layout: Layout, tmp_path: Path, columns: Columns = raw_data.OWN) -> list[dict[str, Any]]:
@@ -429,6 +436,38 @@ def test_a_bad_line_is_one_rejected_row(line: str, tmp_path: Path) -> None:
     assert len(good(rows)) == 2
     assert len(bad(rows)) == 1
     assert rejection_code(bad(rows)[0]["reason"]) in {"bad_row", "missing_file"}
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_KEYS, inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(records=st.lists(_JSON, min_size=1, max_size=4))
+def test_whatever_records_hold_each_is_a_row_and_none_stops_the_job(records: list[Any], tmp_path: Path) -> None:
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    for name, content in {
+        "GIER.json": records,
+        "adobe/train.json": records,
+        "annotations/val_sess_1.json": records,
+        "edit_sessions.json": {"1": records, "2": records[0]},
+        "local_descriptions/captions.json": {"1": records[0]},
+        "folder/prompt.json": records[0],
+        "seeds.json": [["folder", [1]]],
+        "ipr2pr_expressive.json": {str(i): record for i, record in enumerate(records)},
+    }.items():
+        (raw / name).parent.mkdir(parents=True, exist_ok=True)
+        (raw / name).write_text(json.dumps(content))
+    (raw / "rows.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (raw / "ipr2pr.tsv").write_text("AAAA\tAAAA\n" * len(records))
+    for layout in ("gier", "ma5k", "evr", "magicbrush-test", "ipr2pr", "jsonl", "mgie"):
+        rows = read_rows(layout, raw, out, Columns(source="input", goal="output", instruction="instruction"))
+        assert len(rows) >= (1 if layout in ("ipr2pr", "magicbrush-test") else len(records))
+        assert good(rows) == []
+        to_table(rows, STAGED_SCHEMA)
 
 
 def test_jsonl_is_divided_into_shards_of_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
