@@ -52,7 +52,7 @@ class ExportConfig:
 
     ledger: str
     "folder of the ledger's parquet files, local or s3://bucket/prefix"
-    output: str
+    out: str
     "folder to fill, local or s3://"
     format: Format = "huggingface"
     "what to write"
@@ -62,7 +62,7 @@ class ExportConfig:
     "root of the images, where they lie elsewhere by now; without it, as the ledger's images.json says"
     rows_per_file: int = 1000
     "rows of a parquet file"
-    s3_endpoint: str | None = None
+    endpoint: str | None = None
     "address of an S3 store that is not Amazon's; without it, AWS_ENDPOINT_URL"
 
     def __post_init__(self) -> None:
@@ -77,11 +77,11 @@ def export(config: ExportConfig) -> dict[str, int]:
         DataError: The ledger has no such rows, or an image is missing.
         OSError: A store is in trouble.
     """
-    ledger = open_folder(config.ledger, endpoint=config.s3_endpoint)
-    output = open_folder(config.output, endpoint=config.s3_endpoint)
+    ledger = open_folder(config.ledger, endpoint=config.endpoint)
+    output = open_folder(config.out, endpoint=config.endpoint)
     if (ledger.url + "/").startswith(output.url + "/"):
-        raise ConfigError(f"output is {output.url}, which holds the ledger; give another folder", param="output")
-    root = open_folder(images_root(ledger.filesystem, ledger.path, moved_to=config.images), endpoint=config.s3_endpoint)
+        raise ConfigError(f"out is {output.url}, which holds the ledger; give another folder", param="out")
+    root = open_folder(images_root(ledger.filesystem, ledger.path, moved_to=config.images), endpoint=config.endpoint)
     content = {
         **{name: getattr(config, name) for name in ("format", "split", "rows_per_file")},
         "ledger": ledger.url,
@@ -229,7 +229,7 @@ def main(config: ExportConfig) -> int:
         Console(stderr=True).print(f"error: {error}", style="red", soft_wrap=True, markup=False, highlight=False)
         return 1
     shown = ", ".join(f"{name} {count}" for name, count in splits.items())
-    Console().print(f"exported {sum(splits.values())} rows ({shown}) to {config.output}", soft_wrap=True)
+    Console().print(f"exported {sum(splits.values())} rows ({shown}) to {config.out}", soft_wrap=True)
     return 0
 
 

@@ -3,10 +3,10 @@
 
     raw folder -> shards -> [Ray: read, check, extract images, hash] -> staged rows -> duplicates -> manifest, rejected
 
-    <output>/manifest/part-00000.parquet ...   and images.json: where the images lie (`mgie.ledger`)
-    <output>/rejected/part-00000.parquet ...   rows left out, each with its reason
-    <output>/images/<sha256>.<ext>             images that lay in containers, each once
-    <output>/run.json                          what ran, on what, with what result
+    <out>/manifest/part-00000.parquet ...   and images.json: where the images lie (`mgie.ledger`)
+    <out>/rejected/part-00000.parquet ...   rows left out, each with its reason
+    <out>/images/<sha256>.<ext>             images that lay in containers, each once
+    <out>/run.json                          what ran, on what, with what result
 
 The result depends on data and settings alone: the same rows in the same files, whatever runs in parallel. The
 same command after a kill goes on with the shards that are not done; after the end it does nothing. Exit status:
@@ -66,7 +66,7 @@ class PrepareConfig:
 
     input: str = SAMPLE
     "folder of the raw data set, local or s3://bucket/prefix; `sample` draws a small one"
-    output: str = ""
+    out: str = ""
     "folder of the run, local or s3://; without it, one in the user's cache folder (for the sample only)"
     layout: Layout = "ipr2pr"
     "how the raw data set is laid out"
@@ -82,7 +82,7 @@ class PrepareConfig:
     "keep edits that look the same and ask for the same (exact duplicates always go)"
     rows_per_file: int = 50_000
     "rows of a manifest file"
-    s3_endpoint: str | None = None
+    endpoint: str | None = None
     "address of an S3 store that is not Amazon's; without it, AWS_ENDPOINT_URL"
     max_tasks: int | None = None
     "most shards at a time; without it, as many as there are free CPUs"
@@ -97,8 +97,8 @@ class PrepareConfig:
         check_range("threads_per_task", self.threads_per_task, 1, 256)
         if self.max_tasks is not None:
             check_range("max_tasks", self.max_tasks, 1, 1_000_000)
-        if self.input != SAMPLE and not self.output:
-            raise ConfigError("output is not given; name a folder, local or s3://bucket/prefix", param="output")
+        if self.input != SAMPLE and not self.out:
+            raise ConfigError("out is not given; name a folder, local or s3://bucket/prefix", param="out")
         if self.input == SAMPLE and self.layout != "ipr2pr":
             raise ConfigError(f"layout is {self.layout!r}; the sample is 'ipr2pr'", param="layout")
 
@@ -201,15 +201,15 @@ def _run(
 def _folders(config: PrepareConfig) -> tuple[Folder, Folder]:
     """The raw data set and the folder of the run; draws the sample where that is what is asked for."""
     if config.input != SAMPLE:
-        return open_folder(config.input, endpoint=config.s3_endpoint), open_folder(
-            config.output, endpoint=config.s3_endpoint
+        return open_folder(config.input, endpoint=config.endpoint), open_folder(
+            config.out, endpoint=config.endpoint
         )
     from mgie.tiny.recipe import cache_folder
     from mgie.tiny.sample import write_sample
 
     raw = cache_folder() / "sample" / "ipr2pr"
     write_sample(raw)
-    return open_folder(raw), open_folder(config.output or cache_folder() / "sample" / "prepared")
+    return open_folder(raw), open_folder(config.out or cache_folder() / "sample" / "prepared")
 
 
 # ---- shards -> staged rows, in parallel

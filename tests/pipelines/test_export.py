@@ -38,7 +38,7 @@ def _write_ledger(folder: Path, splits: list[str], *, kind: str = "jpeg") -> lis
 
 def test_hugging_face_parquet_holds_the_rows_with_their_images(tmp_path: Path) -> None:
     rows = _write_ledger(tmp_path, ["train", "train", "val", "train"])
-    config = ExportConfig(ledger=str(tmp_path / "ledger"), output=str(tmp_path / "out"), rows_per_file=2)
+    config = ExportConfig(ledger=str(tmp_path / "ledger"), out=str(tmp_path / "out"), rows_per_file=2)
     assert export(config) == {"train": 3, "val": 1}
     names = ["train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"]
     assert sorted(path.name for path in (tmp_path / "out" / "data").iterdir()) == [f"{name}.parquet" for name in names]
@@ -54,7 +54,7 @@ def test_hugging_face_parquet_holds_the_rows_with_their_images(tmp_path: Path) -
 
 def test_hugging_face_parquet_says_which_columns_are_images(tmp_path: Path) -> None:
     _write_ledger(tmp_path, ["train", "train"])
-    export(ExportConfig(ledger=str(tmp_path / "ledger"), output=str(tmp_path / "out")))
+    export(ExportConfig(ledger=str(tmp_path / "ledger"), out=str(tmp_path / "out")))
     schema = pq.read_schema(tmp_path / "out" / "data" / "train-00000-of-00001.parquet")
     features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
     assert {name for name, feature in features.items() if feature["_type"] == "Image"} == {"source", "goal", "mask"}
@@ -65,7 +65,7 @@ def test_hugging_face_parquet_says_which_columns_are_images(tmp_path: Path) -> N
 
 def test_mgie_files_are_read_back_by_our_own_reader(tmp_path: Path) -> None:
     rows = _write_ledger(tmp_path, ["train", "train", "val"])
-    config = ExportConfig(ledger=str(tmp_path / "ledger"), output=str(tmp_path / "out"), format="mgie")
+    config = ExportConfig(ledger=str(tmp_path / "ledger"), out=str(tmp_path / "out"), format="mgie")
     assert export(config) == {"train": 2, "val": 1}
     found = read_rows("mgie", tmp_path / "out", tmp_path / "again")
     assert [row.get("reason") for row in found] == [None] * 3
@@ -83,7 +83,7 @@ def test_mgie_images_are_upright_jpegs_whatever_they_were(tmp_path: Path) -> Non
     turned = io.BytesIO()
     Image.open(tmp_path / rows[0]["source"]).save(turned, "jpeg", exif=exif)
     (tmp_path / rows[0]["source"]).write_bytes(turned.getvalue())
-    export(ExportConfig(ledger=str(tmp_path / "ledger"), output=str(tmp_path / "out"), format="mgie"))
+    export(ExportConfig(ledger=str(tmp_path / "ledger"), out=str(tmp_path / "out"), format="mgie"))
     found = read_rows("mgie", tmp_path / "out", tmp_path / "again")
     images = [Image.open(tmp_path / "again" / row[role]) for row in found for role in ("source", "goal")]
     assert {image.format for image in images} == {"JPEG"}
@@ -94,16 +94,16 @@ def test_mgie_images_are_upright_jpegs_whatever_they_were(tmp_path: Path) -> Non
 def test_one_split_is_exported_alone(tmp_path: Path) -> None:
     _write_ledger(tmp_path, ["train", "val"])
     ledger = str(tmp_path / "ledger")
-    assert export(ExportConfig(ledger=ledger, output=str(tmp_path / "out"), split="val")) == {"val": 1}
+    assert export(ExportConfig(ledger=ledger, out=str(tmp_path / "out"), split="val")) == {"val": 1}
     with pytest.raises(DataError, match="no rows of split 'test'"):
-        export(ExportConfig(ledger=ledger, output=str(tmp_path / "none"), split="test"))
+        export(ExportConfig(ledger=ledger, out=str(tmp_path / "none"), split="test"))
 
 
 @pytest.mark.parametrize("kind", ["huggingface", "mgie"])
 def test_a_missing_image_stops_the_export_and_the_next_one_is_whole(kind: Any, tmp_path: Path) -> None:
     rows = _write_ledger(tmp_path, ["train", "train"])
     (tmp_path / rows[1]["goal"]).rename(tmp_path / "aside")
-    config = ExportConfig(ledger=str(tmp_path / "ledger"), output=str(tmp_path / "out"), format=kind)
+    config = ExportConfig(ledger=str(tmp_path / "ledger"), out=str(tmp_path / "out"), format=kind)
     with pytest.raises(DataError, match=f"goal image .* of row {rows[1]['id']}"):
         export(config)
     assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["run.json"]
@@ -115,16 +115,16 @@ def test_a_finished_export_is_not_run_again_and_another_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _write_ledger(tmp_path, ["train", "train"])
-    config = ExportConfig(ledger=str(tmp_path / "ledger"), output=str(tmp_path / "out"))
+    config = ExportConfig(ledger=str(tmp_path / "ledger"), out=str(tmp_path / "out"))
     assert job.main(config) == 0
     assert "exported 2 rows (train 2)" in capsys.readouterr().out
     (tmp_path / "out" / "data" / "train-00000-of-00001.parquet").unlink()
     assert job.main(config) == 0
     assert list((tmp_path / "out" / "data").iterdir()) == []
-    assert job.main(ExportConfig(ledger=config.ledger, output=config.output, format="mgie")) == 1
+    assert job.main(ExportConfig(ledger=config.ledger, out=config.out, format="mgie")) == 1
     assert "format differ" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(ConfigError, match="holds the ledger"):
-        export(ExportConfig(ledger=str(tmp_path / "ledger"), output=str(tmp_path)))
+        export(ExportConfig(ledger=str(tmp_path / "ledger"), out=str(tmp_path)))
 
 
 def test_images_that_were_moved_are_found(tmp_path: Path) -> None:
@@ -132,5 +132,5 @@ def test_images_that_were_moved_are_found(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "images").rename(tmp_path / "elsewhere" / "images")
     moved = str(tmp_path / "elsewhere")
-    config = ExportConfig(ledger=str(tmp_path / "ledger"), output=str(tmp_path / "out"), images=moved)
+    config = ExportConfig(ledger=str(tmp_path / "ledger"), out=str(tmp_path / "out"), images=moved)
     assert export(config) == {"train": 2}

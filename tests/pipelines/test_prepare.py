@@ -97,8 +97,8 @@ def _saved_again(data: bytes | None) -> bytes:
 def test_the_result_does_not_depend_on_what_runs_in_parallel(tmp_path: Path) -> None:
     write_sample(tmp_path / "raw", 32)
     common = {"input": str(tmp_path / "raw"), "rows_per_file": 10}
-    one = prepare(PrepareConfig(**common, output=str(tmp_path / "one"), max_tasks=1, threads_per_task=1))
-    four = prepare(PrepareConfig(**common, output=str(tmp_path / "four"), max_tasks=4, threads_per_task=3))
+    one = prepare(PrepareConfig(**common, out=str(tmp_path / "one"), max_tasks=1, threads_per_task=1))
+    four = prepare(PrepareConfig(**common, out=str(tmp_path / "four"), max_tasks=4, threads_per_task=3))
     assert one.num_rows == four.num_rows == 32
     assert one.splits == {"test": 2, "train": 28, "val": 2}
     assert _files(tmp_path / "one") == _files(tmp_path / "four")
@@ -114,7 +114,7 @@ def test_the_result_does_not_depend_on_what_runs_in_parallel(tmp_path: Path) -> 
 @pytest.mark.usefixtures("cluster", "_small_shards")
 def test_every_raw_row_is_in_the_manifest_or_rejected_with_its_reason(tmp_path: Path) -> None:
     rows = _messy(tmp_path / "raw")
-    report = prepare(PrepareConfig(input=str(tmp_path / "raw"), output=str(tmp_path / "out"), licence="CC0"))
+    report = prepare(PrepareConfig(input=str(tmp_path / "raw"), out=str(tmp_path / "out"), licence="CC0"))
     assert report.num_rows == 2
     assert report.rejected == {
         "bad_image": 1,
@@ -141,9 +141,9 @@ def test_every_raw_row_is_in_the_manifest_or_rejected_with_its_reason(tmp_path: 
 @pytest.mark.usefixtures("cluster", "_small_shards")
 def test_duplicates_are_the_same_in_one_pass_and_in_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _messy(tmp_path / "raw")
-    prepare(PrepareConfig(input=str(tmp_path / "raw"), output=str(tmp_path / "one")))
+    prepare(PrepareConfig(input=str(tmp_path / "raw"), out=str(tmp_path / "one")))
     monkeypatch.setattr(job, "_ROWS_PER_PASS", 1)
-    prepare(PrepareConfig(input=str(tmp_path / "raw"), output=str(tmp_path / "several")))
+    prepare(PrepareConfig(input=str(tmp_path / "raw"), out=str(tmp_path / "several")))
     assert _files(tmp_path / "one") == _files(tmp_path / "several")
 
 
@@ -151,7 +151,7 @@ def test_duplicates_are_the_same_in_one_pass_and_in_several(tmp_path: Path, monk
 def test_what_is_kept_can_be_chosen(tmp_path: Path) -> None:
     _messy(tmp_path / "raw")
     config = PrepareConfig(
-        input=str(tmp_path / "raw"), output=str(tmp_path / "out"), keeps_near_duplicates=True, keeps_unchanged=True
+        input=str(tmp_path / "raw"), out=str(tmp_path / "out"), keeps_near_duplicates=True, keeps_unchanged=True
     )
     assert prepare(config).rejected == {"bad_image": 1, "empty_instruction": 1, "exact_duplicate": 1}
 
@@ -160,7 +160,7 @@ def test_what_is_kept_can_be_chosen(tmp_path: Path) -> None:
 def test_a_folder_that_brings_its_images_can_be_moved(tmp_path: Path) -> None:
     written = edits(3)
     raw_data.write_magicbrush(tmp_path / "raw", with_one(written, 0, mask=picture(60, kind="png")))
-    prepare(PrepareConfig(input=str(tmp_path / "raw"), output=str(tmp_path / "out"), layout="magicbrush"))
+    prepare(PrepareConfig(input=str(tmp_path / "raw"), out=str(tmp_path / "out"), layout="magicbrush"))
     shutil.rmtree(tmp_path / "raw")
     (tmp_path / "out").rename(tmp_path / "moved")
     manifest = str(tmp_path / "moved" / "manifest")
@@ -176,7 +176,7 @@ def test_a_finished_run_is_not_run_again_and_another_one_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_sample(tmp_path / "raw", 6)
-    config = PrepareConfig(input=str(tmp_path / "raw"), output=str(tmp_path / "out"))
+    config = PrepareConfig(input=str(tmp_path / "raw"), out=str(tmp_path / "out"))
     assert job.main(config) == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     assert job.main(config) == 0
@@ -195,7 +195,7 @@ def test_a_finished_run_is_not_run_again_and_another_one_is_refused(
 @pytest.mark.usefixtures("cluster")
 def test_a_second_writer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_sample(tmp_path / "raw", 4)
-    config = PrepareConfig(input=str(tmp_path / "raw"), output=str(tmp_path / "out"))
+    config = PrepareConfig(input=str(tmp_path / "raw"), out=str(tmp_path / "out"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job, "_stage", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -210,7 +210,7 @@ def test_a_second_writer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.usefixtures("cluster")
 def test_no_good_rows_is_an_error_that_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     raw_data.write_ipr2pr(tmp_path / "raw", [dataclasses.replace(edit, goal=b"") for edit in edits(3)])
-    config = PrepareConfig(input=str(tmp_path / "raw"), output=str(tmp_path / "out"))
+    config = PrepareConfig(input=str(tmp_path / "raw"), out=str(tmp_path / "out"))
     assert job.main(config) == 1
     error = " ".join(capsys.readouterr().err.split())
     assert "gives no rows" in error
@@ -228,14 +228,14 @@ def test_a_store_in_trouble_stops_the_job_and_the_next_run_goes_on(tmp_path: Pat
     locked = tmp_path / "raw" / name / f"{seeds[0]}_0.jpg"
     locked.rename(tmp_path / "aside")
     locked.symlink_to("/proc/self/mem")  # reading it at 0 is an input/output error, for root too
-    config = PrepareConfig(input=str(tmp_path / "raw"), output=str(tmp_path / "out"))
+    config = PrepareConfig(input=str(tmp_path / "raw"), out=str(tmp_path / "out"))
     with pytest.raises((OSError, ray.exceptions.RayError)):
         prepare(config)
     staged = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "_staging").glob("*.parquet")}
     locked.unlink()
     (tmp_path / "aside").rename(locked)
     assert prepare(config).num_rows == 12
-    prepare(dataclasses.replace(config, output=str(tmp_path / "undisturbed")))
+    prepare(dataclasses.replace(config, out=str(tmp_path / "undisturbed")))
     assert _files(tmp_path / "out") == _files(tmp_path / "undisturbed")
     assert "000002.parquet" not in staged
 
@@ -248,9 +248,9 @@ def test_on_s3_the_rows_are_the_same_as_on_disk(layout: Any, s3: str, s3_server:
     for path in (tmp_path / "raw").rglob("*"):
         if path.is_file():
             bucket.write(str(path.relative_to(tmp_path / "raw")), path.read_bytes())
-    config = PrepareConfig(input=str(tmp_path / "raw"), output=str(tmp_path / "out"), layout=layout)
+    config = PrepareConfig(input=str(tmp_path / "raw"), out=str(tmp_path / "out"), layout=layout)
     prepare(config)
-    remote = dataclasses.replace(config, input=f"{s3}/raw", output=f"{s3}/run", s3_endpoint=s3_server)
+    remote = dataclasses.replace(config, input=f"{s3}/raw", out=f"{s3}/run", endpoint=s3_server)
     report = prepare(remote)
     assert report.num_rows == 5
     assert prepare(remote).was_done
@@ -265,13 +265,13 @@ def test_on_s3_the_rows_are_the_same_as_on_disk(layout: Any, s3: str, s3_server:
 
 @pytest.mark.usefixtures("cluster")
 def test_the_real_samples_become_a_manifest(sample_photos: Path, tmp_path: Path) -> None:
-    report = prepare(PrepareConfig(input=str(sample_photos / "ipr2pr"), output=str(tmp_path / "out")))
+    report = prepare(PrepareConfig(input=str(sample_photos / "ipr2pr"), out=str(tmp_path / "out")))
     assert (report.num_rows, report.rejected) == (4, {})
     assert Counter(row["split"] for row in _rows(tmp_path / "out")) == {"train": 2, "test": 2}
 
 
 def test_arguments_that_contradict_each_other_are_refused() -> None:
-    with pytest.raises(ConfigError, match="output"):
+    with pytest.raises(ConfigError, match="out"):
         PrepareConfig(input="/data")
     with pytest.raises(ConfigError, match="sample"):
         PrepareConfig(layout="gier")
@@ -313,7 +313,7 @@ def test_a_killed_run_goes_on_and_gives_what_an_undisturbed_one_gives(tmp_path: 
     program = (
         "import sys, pipelines.readers.ipr2pr as layout; layout.FOLDERS_PER_SHARD = 2\n"
         "from pipelines.prepare import PrepareConfig, main\n"
-        f"sys.exit(main(PrepareConfig(input={str(tmp_path / 'raw')!r}, output=sys.argv[1], max_tasks=1,"
+        f"sys.exit(main(PrepareConfig(input={str(tmp_path / 'raw')!r}, out=sys.argv[1], max_tasks=1,"
         " keeps_near_duplicates=True)))"
     )
 
@@ -350,7 +350,7 @@ def test_a_killed_run_goes_on_and_gives_what_an_undisturbed_one_gives(tmp_path: 
     assert again.returncode == 0, again.stdout.read() if again.stdout else ""
     assert {name: kept[name] for name in staged} == staged  # what was done was not done again
     config = PrepareConfig(
-        input=str(tmp_path / "raw"), output=str(tmp_path / "undisturbed"), keeps_near_duplicates=True
+        input=str(tmp_path / "raw"), out=str(tmp_path / "undisturbed"), keeps_near_duplicates=True
     )
     assert prepare(config).num_rows == len(_rows(tmp_path / "killed")) == 96
     assert _files(tmp_path / "killed") == _files(tmp_path / "undisturbed")
