@@ -431,7 +431,7 @@ def _read(
     """Streams the columns of `schema` of all files, cast to it."""
     for path in files:
         try:
-            with filesystem.open_input_file(path) as file:
+            with _open(filesystem, path) as file:
                 # One buffer instead of whole column chunks: memory stays bounded whatever the row groups are.
                 parquet = pq.ParquetFile(file, buffer_size=1 << 16, pre_buffer=False)
                 _check_columns(path, parquet.schema_arrow, schema)
@@ -445,6 +445,19 @@ def _read(
                     yield pa.RecordBatch.from_arrays(columns, schema=schema)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:  # damaged pages are an OSError
             raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def _open(filesystem: pafs.FileSystem, path: str) -> Any:
+    """A file to read parts of.
+
+    From an object store the whole object comes in one request instead of dozens. It also avoids reads of a few
+    bytes, which the SDK does not try again when the store answers with an error (its body overruns the buffer).
+    """
+    file = filesystem.open_input_file(path)
+    if filesystem.type_name == "local":
+        return file
+    with file:
+        return pa.BufferReader(file.read_buffer(file.size()))
 
 
 def _check_columns(path: str, found: pa.Schema, wanted: pa.Schema) -> None:

@@ -14,12 +14,13 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlparse
 
 from pyarrow import fs as pafs
@@ -30,7 +31,10 @@ from mgie.ledger import resolve_uri, write_atomically
 RUN_FILE = "run.json"
 RUN_FORMAT = 1
 S3_ATTEMPTS = 10  # with 5 % of requests failing, one read in 10^13 fails for good
+_PAUSES_S = (0.2, 1.0, 5.0, 25.0)
 _COPY_BYTES = 8 << 20
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,13 @@ class Folder:
             DataError: The name leads out of the folder.
             OSError: It cannot be read; `is_absent` tells a fault of the name from one of the store.
         """
-        with self.filesystem.open_input_stream(self.at(name)) as stream:
-            return bytes(stream.read())
+        path = self.at(name)
+
+        def read() -> bytes:
+            with self.filesystem.open_input_stream(path) as stream:
+                return bytes(stream.read())
+
+        return patiently(read)
 
     def write(self, name: str, data: bytes) -> None:
         """Writes a small file at once; others see all of it or nothing. Raises OSError."""
@@ -199,6 +208,25 @@ def is_store_fault(error: OSError) -> bool:
     Libraries report damaged content as an OSError too: one that comes neither from the system nor from S3.
     """
     return not is_absent(error) and (error.errno is not None or "AWS Error" in str(error))
+
+
+def patiently(work: Callable[[], Result]) -> Result:
+    """Result of `work`, tried again where an object store is in trouble beyond the tries of its file system.
+
+    Needed even for a single fault: the SDK writes an error's body into the buffer of the read, and gives up with
+    INTERNAL_FAILURE when it does not fit, as in a read of less than about 300 bytes.
+
+    Raises:
+        OSError: The trouble lasts for half a minute, or is of another kind.
+    """
+    for pause_s in _PAUSES_S:
+        try:
+            return work()
+        except OSError as error:
+            if not is_store_fault(error) or "AWS Error" not in str(error) or "ACCESS_DENIED" in str(error):
+                raise
+            time.sleep(pause_s)
+    return work()
 
 
 # ---- the run that fills a folder

@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -58,17 +58,15 @@ from pipelines.lease import hold_lease
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.report import REPORT_HTML, RunTotals, ledger_counts, summarize_run, write_report
 from pipelines.stages import PRESETS, DescribeEdit, FetchSources, Preset, Summarize, Summarizer
-from pipelines.storage import Folder, RunRecord, claim, fingerprint, is_store_fault, open_folder
+from pipelines.storage import Folder, RunRecord, claim, fingerprint, open_folder, patiently
 
 PresetName = Literal["mgie_paper", "fast"]
-Result = TypeVar("Result")
 
 _WORK = "_work"
-_BLOCKS_PER_FILE = 64  # of rows to do: keeps the footer small that each block's task has to read
+_BLOCKS_PER_FILE = 16  # of rows to do: the task of each block reads such a file
 _FETCH_CPUS = 0.25  # waits for storage most of the time
 _COMMIT_CPUS = 0.1
 _STALL_S = 1800.0
-_PAUSES_S = (1.0, 5.0, 25.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,14 +154,13 @@ def summarize(config: SummarizeConfig, *, console: Console | None = None) -> Out
     check_cluster(stages, task_cpus=_FETCH_CPUS + _COMMIT_CPUS, grows=config.cluster_grows)
     out = open_folder(config.out, endpoint=config.endpoint)
     manifest = _open_manifest(config, out)
-    images = open_folder(
-        images_root(manifest.filesystem, manifest.path, moved_to=config.images), endpoint=config.endpoint
-    )
+    root = patiently(lambda: images_root(manifest.filesystem, manifest.path, moved_to=config.images))
+    images = open_folder(root, endpoint=config.endpoint)
     run = _run_record(config, manifest)
     claim(out, run)
     check_shared({"the output folder": out, "the folder of the images": images})
     with hold_lease(out) as lease:
-        num_pending = _plan(config, manifest, out)
+        num_pending = plan(config, manifest, out)
         console.print(
             f"{num_pending} rows to do; a kill loses at most {config.max_rows_in_flight} rows of work; ledger: {out.url}",
             soft_wrap=True,
@@ -193,7 +190,7 @@ def summarize(config: SummarizeConfig, *, console: Console | None = None) -> Out
 def _open_manifest(config: SummarizeConfig, out: Folder) -> Folder:
     if config.manifest:
         return open_folder(config.manifest, endpoint=config.endpoint)
-    sample = PrepareConfig(output=posixpath.join(posixpath.dirname(out.url), "sample"), s3_endpoint=config.endpoint)
+    sample = PrepareConfig(out=posixpath.join(posixpath.dirname(out.url), "sample"), endpoint=config.endpoint)
     return open_folder(prepare(sample).manifest, endpoint=config.endpoint)
 
 
@@ -226,7 +223,7 @@ def _hash_ids(manifest: Folder) -> str:
     return digest.hexdigest()[:16]
 
 
-def _plan(config: SummarizeConfig, manifest: Folder, out: Folder) -> int:
+def plan(config: SummarizeConfig, manifest: Folder, out: Folder) -> int:
     """Writes the rows still to do, one row group per block; returns their number."""
     rows = _unseen(manifest, _ids(out))
     if config.retry_failed:
@@ -381,11 +378,13 @@ def stream(
     numbers = range(-(-num_pending // config.rows_per_commit))
     budget: Any = ray.remote(num_cpus=0)(RowBudget).remote(config.max_rows_in_flight)
     describe = {"preset": config.preset, "batch_size": config.describe.batch_size, "budget": budget}
+    # Each task is a process; more of them would decode far ahead of the models.
+    fetchers = ray.data.TaskPoolStrategy(size=config.describe.max_actors + 2)
     fetch, commit = partial(_fetch, out=out, images=images), partial(_commit, out=out, budget=budget)
     written = (
         # Not range(): its read tasks ask for a whole CPU each, which a small cluster may never have free.
         ray.data.from_items([{"block": number} for number in numbers], override_num_blocks=len(numbers))
-        .map_batches(fetch, batch_size=1, batch_format="pyarrow", num_cpus=_FETCH_CPUS)
+        .map_batches(fetch, batch_size=1, batch_format="pyarrow", num_cpus=_FETCH_CPUS, compute=fetchers)
         .map_batches(
             _Describe,
             fn_constructor_args=(partial(describer, config),),
@@ -419,20 +418,15 @@ def _with_bar(blocks: Iterator[dict[str, Any]], num_rows: int, console: Console)
 def _fetch(block: pa.Table, *, out: Folder, images: Folder) -> pa.Table:
     """The rows of a block, with their images."""
     [number] = block.column("block").to_pylist()
-
-    def read() -> pa.Table:
-        with out.filesystem.open_input_file(out.at(_pending(number // _BLOCKS_PER_FILE))) as file:
-            return pq.ParquetFile(file).read_row_group(number % _BLOCKS_PER_FILE)
-
-    rows = _patiently(read)
-    return _patiently(lambda: FetchSources(images)(rows))
+    planned = pa.BufferReader(out.read(_pending(number // _BLOCKS_PER_FILE)))
+    return FetchSources(images)(pq.ParquetFile(planned).read_row_group(number % _BLOCKS_PER_FILE))
 
 
 def _commit(rows: pa.Table, *, out: Folder, budget: Any) -> pa.Table:
     """Writes a block, then frees its share of the budget; returns its figures for the report."""
     buffer = io.BytesIO()
     pq.write_table(rows.select(LEDGER_SCHEMA.names), buffer)
-    _patiently(lambda: out.write(f"part-{_block_name(rows)}.parquet", buffer.getvalue()))
+    patiently(lambda: out.write(f"part-{_block_name(rows)}.parquet", buffer.getvalue()))
     ray.get(budget.give_back.remote(_block_name(rows)))
     reasons = [reason for reason in rows.column("reason").to_pylist() if reason]
     counted = ("describe_prompt_tokens", "describe_tokens", "summarize_prompt_tokens", "summarize_tokens")
@@ -444,22 +438,6 @@ def _commit(rows: pa.Table, *, out: Folder, budget: Any) -> pa.Table:
         "stages": json.loads(rows.column("times")[0].as_py()),
     }
     return pa.table({"figures": [json.dumps(figures)]})
-
-
-def _patiently(work: Callable[[], Result]) -> Result:
-    """Result of `work`, tried again where a store stays in trouble beyond the tries of its file system.
-
-    Raises:
-        OSError: It does so for half a minute, or the fault is not the store's.
-    """
-    for pause_s in _PAUSES_S:
-        try:
-            return work()
-        except OSError as error:
-            if not is_store_fault(error):
-                raise
-            time.sleep(pause_s)
-    return work()
 
 
 def _block_name(rows: pa.Table) -> str:

@@ -5,7 +5,7 @@ import random
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlparse
 
 _HOP_HEADERS = {"connection", "transfer-encoding", "keep-alive", "content-length"}
@@ -22,7 +22,7 @@ class FaultProxy:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def _serve(handler: Any) -> None:
+            def _serve(handler: Any) -> None:  # noqa: N805  # `self` is the proxy
                 if handler.headers.get("expect", "").lower() == "100-continue":
                     handler.send_response_only(100)
                     handler.end_headers()
@@ -39,9 +39,7 @@ class FaultProxy:
                 connection = http.client.HTTPConnection(host, timeout=60)
                 headers = {name: value for name, value in handler.headers.items() if name.lower() not in _HOP_HEADERS}
                 headers.pop("Expect", None)
-                connection.request(
-                    handler.command, handler.path, body, {**headers, "content-length": str(len(body))}
-                )
+                connection.request(handler.command, handler.path, body, {**headers, "content-length": str(len(body))})
                 response = connection.getresponse()
                 content = response.read()
                 kept = {name: value for name, value in response.getheaders() if name.lower() not in _HOP_HEADERS}
@@ -50,7 +48,7 @@ class FaultProxy:
                 _answer(handler, response.status, kept, content)
                 connection.close()
 
-            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _serve
+            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _serve  # noqa: N815  # so http.server wants it
 
             def log_message(self, *args: Any) -> None:
                 """Says nothing."""
@@ -58,7 +56,7 @@ class FaultProxy:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
-    def __enter__(self) -> "FaultProxy":
+    def __enter__(self) -> Self:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return self
 
