@@ -28,6 +28,7 @@ from mgie.editor import Editor, output_format
 from mgie.errors import ConfigError, DataError, ImageError, MGIEError
 from mgie.images import OutputFormat
 from mgie.parity import compare
+from mgie.prompts import check_text
 
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".heic", ".heif")
 
@@ -89,7 +90,11 @@ def edit(
     taken = [item.target for item in edits if item.target.exists()]
     if taken and not overwrite:
         raise ConfigError(f"{taken[0]} exists; choose another --out or give --overwrite", param="out")
-    for item in edits[:1]:
+    if source.suffix != ".jsonl":  # of a list, only the row at fault fails
+        check_text(instruction, "instruction")
+    for item in edits:
+        if item.target.parent.exists() and not item.target.parent.is_dir():
+            raise ConfigError(f"{item.target.parent} is a file; --out must be a folder here", param="out")
         output_format(item.target)
     editor = Editor.load(bundle, device=device, dtype=dtype)
     _warn_untrained(editor.bundle)

@@ -136,8 +136,6 @@ def edit(config: EditConfig, *, console: Console | None = None) -> Outcome:
     bundle.config.defaults.override(**config.settings)  # refuses bad settings before anything starts
     out = open_folder(config.out, endpoint=config.endpoint)
     images, rows = _read_source(config)
-    start_ray()
-    check_cluster({"edit": config.edit}, task_cpus=_FETCH_CPUS, grows=config.cluster_grows)
     decides = {
         "bundle_identity": bundle.identity,
         "settings": config.settings,
@@ -148,6 +146,9 @@ def edit(config: EditConfig, *, console: Console | None = None) -> Outcome:
     }
     run = RunRecord(job="edit", fingerprint=fingerprint(decides), config=dataclasses.asdict(config) | decides)
     claim(out, run)
+    console.print("joining or starting Ray, which may take half a minute ...")
+    start_ray()
+    check_cluster({"edit": config.edit}, task_cpus=_FETCH_CPUS, grows=config.cluster_grows)
     check_shared({"the output folder": out, "the folder of the images": images})
     by_status, by_reason = Counter[str](), Counter[str]()
     with hold_lease(out) as lease:

@@ -76,7 +76,10 @@ def main(config: DemoConfig) -> None:
     num_gpus = 0.5 if config.device.startswith("cuda") else 0.0  # both stages share one GPU
     args = ServingArgs(bundle=config.bundle, device=config.device, mllm_num_gpus=num_gpus, diffusion_num_gpus=num_gpus)
     print("starting Ray Serve on this machine, about half a minute ...", flush=True)
-    with local_service(args, port=config.port or free_port(prefer_usual=config.keep)) as address:
+    port = config.port or free_port(prefer_usual=config.keep)
+    if config.keep and config.port is None and port != USUAL_PORT:
+        print(f"port {USUAL_PORT} is in use, taking {port}", flush=True)
+    with local_service(args, port=port) as address:
         if config.keep:
             print(f"serving at {address}  (page: {address}/  API docs: {address}/docs)  stop with Ctrl-C", flush=True)
             warn_if_untrained(
@@ -150,6 +153,7 @@ def local_service(args: ServingArgs, *, port: int, num_cpus: int | None = None) 
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(http_options={"host": HOST, "port": port}, logging_config={"log_level": "WARNING"})
         serve.run(app(args), name="mgie", logging_config={"log_level": "WARNING"})
+        signal.signal(signal.SIGTERM, _stop)  # again: Ray has put a handler of its own there, which aborts
         yield f"http://{HOST}:{port}"
     finally:
         # A second Ctrl-C must not leave half a cluster behind.

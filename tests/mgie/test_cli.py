@@ -124,7 +124,7 @@ def test_a_bad_edit_of_several_fails_alone(run: Run, tmp_path: Path) -> None:
     assert done.status == 1
     assert sorted(p.name for p in (tmp_path / "edited").iterdir()) == ["good-4.png", "good.png"]
     assert "4 of 6 edits failed" in done.err
-    for text in ("missing.png cannot be read: No such file", "unknown format", "prompt is empty", "seed is -1"):
+    for text in ("missing.png cannot be read: No such file", "unknown format", "instruction is empty", "seed is -1"):
         assert done.err.count(text) == 1, text
     # The row's own seed and words come before those of the command line.
     assert "good.png  seed 3" in done.out
@@ -152,8 +152,8 @@ def test_results_are_not_overwritten_unless_asked(run: Run, tmp_path: Path) -> N
         (("edit", "photo.png", "x", "--steps", "0"), "steps is 0; it must be 1 to 1000"),
         (("edit", "photo.png", "x", "--seed", "-1"), "seed is -1"),
         (("edit", "photo.png", "x", "--guidance-scale", "nan"), "guidance_scale is nan"),
-        (("edit", "photo.png", " "), "prompt is empty"),
-        (("edit", "photo.png"), "prompt is empty"),
+        (("edit", "photo.png", " "), "instruction is empty"),
+        (("edit", "photo.png"), "instruction is empty"),
         (("edit", "photo.png", "x", "--bundle", "nonsense"), "bundle 'nonsense' is not a folder"),
         (("edit", "photo.png", "x", "--bundle", "acme/none[/x]"), "bundle 'acme/none[/x]'"),
         (("edit", "photo.png", "x", "--bundle", "tiny-summarizer"), "has no tokenizer"),
