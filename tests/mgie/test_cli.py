@@ -124,7 +124,7 @@ def test_a_bad_edit_of_several_fails_alone(run: Run, tmp_path: Path) -> None:
     assert done.status == 1
     assert sorted(p.name for p in (tmp_path / "edited").iterdir()) == ["good-4.png", "good.png"]
     assert "4 of 6 edits failed" in done.err
-    for text in ("missing.png cannot be read: No such file", "unknown format", "instruction is empty", "seed is -1"):
+    for text in ("missing.png cannot be read: No such file", "unknown format", "prompt is empty", "seed is -1"):
         assert done.err.count(text) == 1, text
     # The row's own seed and words come before those of the command line.
     assert "good.png  seed 3" in done.out
