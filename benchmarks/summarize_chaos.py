@@ -12,6 +12,8 @@ import argparse
 import contextlib
 import json
 import os
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -35,7 +37,11 @@ from tests.pipelines.chaos import (
 )
 from tests.pipelines.fault_proxy import FaultProxy
 
-TITLES = ["ray::MapBatches(_commit)", "ray::MapWorker(MapBatches(_Describe))", "ray::MapWorker(MapBatches(Summarize))"]
+TITLES = [
+    "ray::MapBatches(_fetch)",
+    "ray::MapWorker(MapBatches(_Describe))",
+    "ray::MapWorker(MapBatches(_SummarizeAndCommit))",
+]
 
 
 @contextlib.contextmanager
@@ -160,4 +166,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster is stopped then, too
     main()

@@ -201,9 +201,7 @@ def _run(
 def _folders(config: PrepareConfig) -> tuple[Folder, Folder]:
     """The raw data set and the folder of the run; draws the sample where that is what is asked for."""
     if config.input != SAMPLE:
-        return open_folder(config.input, endpoint=config.endpoint), open_folder(
-            config.out, endpoint=config.endpoint
-        )
+        return open_folder(config.input, endpoint=config.endpoint), open_folder(config.out, endpoint=config.endpoint)
     from mgie.tiny.recipe import cache_folder
     from mgie.tiny.sample import write_sample
 

@@ -65,7 +65,6 @@ PresetName = Literal["mgie_paper", "fast"]
 _WORK = "_work"
 _BLOCKS_PER_FILE = 16  # of rows to do: the task of each block reads such a file
 _FETCH_CPUS = 0.25  # waits for storage most of the time
-_COMMIT_CPUS = 0.1
 _STALL_S = 1800.0
 
 
@@ -151,7 +150,7 @@ def summarize(config: SummarizeConfig, *, console: Console | None = None) -> Out
     console = console or Console(quiet=True)
     start_ray()
     stages = {"describe": config.describe, "summarize": config.summarize}
-    check_cluster(stages, task_cpus=_FETCH_CPUS + _COMMIT_CPUS, grows=config.cluster_grows)
+    check_cluster(stages, task_cpus=_FETCH_CPUS, grows=config.cluster_grows)
     out = open_folder(config.out, endpoint=config.endpoint)
     manifest = _open_manifest(config, out)
     root = patiently(lambda: images_root(manifest.filesystem, manifest.path, moved_to=config.images))
@@ -320,6 +319,22 @@ class _Describe(DescribeEdit):
         super().__init__(make_describer, preset=preset, batch_size=batch_size, before_work=take)
 
 
+class _SummarizeAndCommit(Summarize):
+    """The stage as Ray Data runs it.
+
+    It commits, too: were that another task, the tasks that free the budget might wait for resources that Ray Data
+    keeps for a killed job (for minutes), while describing actors wait for the budget.
+    """
+
+    def __init__(self, make_summarizer: Callable[[], Summarizer], *, batch_size: int, out: Folder, budget: Any) -> None:
+        super().__init__(make_summarizer, batch_size=batch_size)
+        self._out, self._budget = out, budget
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """The figures of the finished and written block."""
+        return _commit(super().__call__(table), out=self._out, budget=self._budget)
+
+
 def _preset(config: SummarizeConfig) -> Preset:
     preset = PRESETS[config.preset]
     if config.describe_max_new_tokens is None:
@@ -380,7 +395,7 @@ def stream(
     describe = {"preset": config.preset, "batch_size": config.describe.batch_size, "budget": budget}
     # Each task is a process; more of them would decode far ahead of the models.
     fetchers = ray.data.TaskPoolStrategy(size=config.describe.max_actors + 2)
-    fetch, commit = partial(_fetch, out=out, images=images), partial(_commit, out=out, budget=budget)
+    fetch = partial(_fetch, out=out, images=images)
     written = (
         # Not range(): its read tasks ask for a whole CPU each, which a small cluster may never have free.
         ray.data.from_items([{"block": number} for number in numbers], override_num_blocks=len(numbers))
@@ -392,12 +407,11 @@ def stream(
             **config.describe.pool(),
         )
         .map_batches(
-            Summarize,
+            _SummarizeAndCommit,
             fn_constructor_args=(partial(summarizer, config),),
-            fn_constructor_kwargs={"batch_size": config.summarize.batch_size},
+            fn_constructor_kwargs={"batch_size": config.summarize.batch_size, "out": out, "budget": budget},
             **config.summarize.pool(),
         )
-        .map_batches(commit, batch_size=None, batch_format="pyarrow", num_cpus=_COMMIT_CPUS)
     )
     batches: Iterator[Any] = iter(written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
     for batch in batches:

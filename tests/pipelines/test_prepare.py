@@ -349,8 +349,6 @@ def test_a_killed_run_goes_on_and_gives_what_an_undisturbed_one_gives(tmp_path: 
         time.sleep(0.02)
     assert again.returncode == 0, again.stdout.read() if again.stdout else ""
     assert {name: kept[name] for name in staged} == staged  # what was done was not done again
-    config = PrepareConfig(
-        input=str(tmp_path / "raw"), out=str(tmp_path / "undisturbed"), keeps_near_duplicates=True
-    )
+    config = PrepareConfig(input=str(tmp_path / "raw"), out=str(tmp_path / "undisturbed"), keeps_near_duplicates=True)
     assert prepare(config).num_rows == len(_rows(tmp_path / "killed")) == 96
     assert _files(tmp_path / "killed") == _files(tmp_path / "undisturbed")

@@ -36,11 +36,11 @@ from tests.pipelines.chaos import (
 )
 from tests.pipelines.fault_proxy import FaultProxy
 
-ROWS_PER_COMMIT, MAX_ROWS_IN_FLIGHT = 8, 32
-COMMIT, DESCRIBE, SUMMARIZE = (
-    "ray::MapBatches(_commit)",
+ROWS_PER_FETCH, MAX_ROWS_IN_FLIGHT = 8, 32
+FETCH, DESCRIBE, SUMMARIZE = (
+    "ray::MapBatches(_fetch)",
     "ray::MapWorker(MapBatches(_Describe))",
-    "ray::MapWorker(MapBatches(Summarize))",
+    "ray::MapWorker(MapBatches(_SummarizeAndCommit))",
 )
 
 
@@ -88,7 +88,7 @@ def survivor(cluster: Cluster, endpoint: Endpoint, tmp_path_factory: pytest.Temp
         out,
         num_good=num_good,
         driver_kills=1,
-        worker_titles=[COMMIT, DESCRIBE, SUMMARIZE],
+        worker_titles=[FETCH, DESCRIBE, SUMMARIZE],
         seed=0,
         cwd=folder,
         endpoint=endpoint,
@@ -206,7 +206,7 @@ def test_a_small_cluster_is_refused_or_finishes_but_never_hangs(endpoint: Endpoi
         with Job(command, small.env, cwd=tmp_path) as job:
             status, output = job.finish()
         assert status == 2
-        assert "the job needs 1.35 CPUs at least, the cluster has 1; lower --describe.num-cpus" in output
+        assert "the job needs 1.25 CPUs at least, the cluster has 1; lower --describe.num-cpus" in output
         assert time.monotonic() - started < 60  # most of it Python's imports
         assert not out.exists("run.json")
         chaos = run_with_kills(
