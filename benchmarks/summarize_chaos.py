@@ -4,7 +4,7 @@
     python benchmarks/summarize_chaos.py --describe tiny      the same with the tiny LLaVA, against an undisturbed run
     python benchmarks/summarize_chaos.py --s3 --rows 600      on an object store that fails 5 % of its requests
 
-Five SIGKILLs of the driver at random points, then one each of a worker, a describing and a summarising actor; each is
+Five SIGKILLs of the driver at random points, then one of the worker process of a describing and of a summarising actor; each is
 asserted to have hit a running job. Exits with an error unless nothing is missing and nothing repeated.
 """
 
@@ -38,7 +38,6 @@ from tests.pipelines.chaos import (
 from tests.pipelines.fault_proxy import FaultProxy
 
 TITLES = [
-    "ray::MapBatches(_fetch)",
     "ray::MapWorker(MapBatches(_Describe))",
     "ray::MapWorker(MapBatches(_SummarizeAndCommit))",
 ]

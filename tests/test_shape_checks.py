@@ -32,7 +32,7 @@ def test_a_record_whose_shapes_disagree_is_refused() -> None:
 
 def test_an_argument_of_the_wrong_type_is_refused() -> None:
     with pytest.raises(jaxtyping.TypeCheckError):
-        check_range("steps", "ten", 1, 10)
+        check_range("steps", 5, "one", 10)
 
 
 def test_an_int_is_accepted_where_a_float_is_asked_for() -> None:

@@ -36,9 +36,8 @@ from tests.pipelines.chaos import (
 )
 from tests.pipelines.fault_proxy import FaultProxy
 
-ROWS_PER_FETCH, MAX_ROWS_IN_FLIGHT = 8, 32
-FETCH, DESCRIBE, SUMMARIZE = (
-    "ray::MapBatches(_fetch)",
+ROWS_PER_COMMIT, MAX_ROWS_IN_FLIGHT = 8, 32
+DESCRIBE, SUMMARIZE = (
     "ray::MapWorker(MapBatches(_Describe))",
     "ray::MapWorker(MapBatches(_SummarizeAndCommit))",
 )
@@ -88,7 +87,7 @@ def survivor(cluster: Cluster, endpoint: Endpoint, tmp_path_factory: pytest.Temp
         out,
         num_good=num_good,
         driver_kills=1,
-        worker_titles=[FETCH, DESCRIBE, SUMMARIZE],
+        worker_titles=[DESCRIBE, SUMMARIZE],
         seed=0,
         cwd=folder,
         endpoint=endpoint,
@@ -119,7 +118,7 @@ def assert_complete_and_right(out: Folder, num_rows: int, num_good: int) -> None
 @pytest.mark.ray
 @pytest.mark.timeout(400)
 def test_a_job_killed_and_resumed_by_the_same_command_misses_and_repeats_nothing(survivor: Survivor) -> None:
-    assert len(survivor.chaos.killed) == 4
+    assert len(survivor.chaos.killed) == 3
     assert_complete_and_right(survivor.out, survivor.num_rows, survivor.num_good)
     assert not survivor.out.exists(LEASE_FILE)
     assert survivor.out.list("_work") == []
