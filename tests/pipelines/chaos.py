@@ -324,6 +324,7 @@ def run_with_kills(
     """
     chaos, rng = Chaos(), random.Random(seed)
     num_lost = 0
+    before = len(endpoint.asked) if endpoint else 0  # by other jobs, which shared the endpoint
 
     def progress() -> int:
         return len(endpoint.asked) if endpoint else num_described(out)
@@ -336,7 +337,7 @@ def run_with_kills(
             job.wait_until(lambda point=point: progress() >= point, f"row {point}")
             job.kill()
             if endpoint:
-                asked = endpoint.settled()
+                asked = endpoint.settled() - before
                 chaos.lost_per_driver_kill.append(asked - num_described(out) - num_lost)
                 num_lost = asked - num_described(out)
             assert num_described(out) < num_good, "the kill came when all was done"
@@ -356,7 +357,7 @@ def run_with_kills(
         chaos.outputs.append(output)
         assert status == 0, output
     if endpoint:
-        chaos.num_asked = len(endpoint.asked)
+        chaos.num_asked = len(endpoint.asked) - before
     return chaos
 
 
