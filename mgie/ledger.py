@@ -34,6 +34,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from mgie.errors import DataError
+from mgie.stores import patiently
 
 Direction = Literal["forward", "inverse"]
 Status = Literal["ok", "rejected"]
@@ -206,9 +207,13 @@ def images_root(filesystem: pafs.FileSystem, folder: str, *, moved_to: str | Non
     Raises:
         DataError: There is no readable `images.json`: no such folder, or whoever wrote it did not finish.
     """
-    try:
+
+    def read() -> bytes:
         with filesystem.open_input_stream(f"{folder}/{IMAGES_FILE}") as stream:
-            content = json.loads(stream.read())
+            return bytes(stream.read())
+
+    try:
+        content = json.loads(patiently(read))
         if content["format"] != IMAGES_FORMAT:
             raise DataError(
                 f"{folder}/{IMAGES_FILE} has format {content['format']!r}; this version reads {IMAGES_FORMAT}"
@@ -232,7 +237,7 @@ def images_root(filesystem: pafs.FileSystem, folder: str, *, moved_to: str | Non
 
 def list_parquet(filesystem: pafs.FileSystem, folder: str) -> list[str]:
     """Paths of a folder's parquet files, sorted by name; those directly in it, not hidden ones."""
-    found = filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True))
+    found = patiently(lambda: filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True)))
     return sorted(
         info.path
         for info in found
@@ -453,11 +458,14 @@ def _open(filesystem: pafs.FileSystem, path: str) -> Any:
     From an object store the whole object comes in one request instead of dozens. It also avoids reads of a few
     bytes, which the SDK does not try again when the store answers with an error (its body overruns the buffer).
     """
-    file = filesystem.open_input_file(path)
     if filesystem.type_name == "local":
-        return file
-    with file:
-        return pa.BufferReader(file.read_buffer(file.size()))
+        return filesystem.open_input_file(path)
+
+    def read() -> Any:
+        with filesystem.open_input_file(path) as file:
+            return file.read_buffer(file.size())
+
+    return pa.BufferReader(patiently(read))
 
 
 def _check_columns(path: str, found: pa.Schema, wanted: pa.Schema) -> None:

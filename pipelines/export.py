@@ -31,7 +31,8 @@ from mgie.config import check_range
 from mgie.errors import ConfigError, DataError, MGIEError
 from mgie.images import DEFAULT_QUALITY, detect_format, read_image
 from mgie.ledger import LEDGER_SCHEMA, images_root, read_ledger
-from pipelines.storage import Folder, RunRecord, claim, fingerprint, is_absent, open_folder
+from mgie.stores import is_absent
+from pipelines.storage import Folder, RunRecord, claim, fingerprint, open_folder
 
 Format = Literal["huggingface", "mgie"]
 Split = Literal["all", "train", "val", "test"]

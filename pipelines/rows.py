@@ -17,9 +17,10 @@ from mgie.config import ImageLimits
 from mgie.errors import DataError, ImageError
 from mgie.images import detect_format, read_image
 from mgie.ledger import REJECTED_SCHEMA, RejectionCode, rejection, row_id
+from mgie.stores import is_absent
 from pipelines.duplicates import PAIR_BYTES, instruction_key, signature
 from pipelines.readers import BadRow, ImageRef, RawEdit
-from pipelines.storage import Folder, is_absent
+from pipelines.storage import Folder
 
 IMAGES_FOLDER = "images"
 _EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WebP": "webp", "HEIC": "heic"}

@@ -26,8 +26,9 @@ from mgie.errors import ConfigError, DataError, MGIEError
 from mgie.images import read_image
 from mgie.ledger import LEDGER_SCHEMA, rejection, to_table
 from mgie.prompts import SUMMARIZE
+from mgie.stores import is_absent
 from pipelines.describe import Describer
-from pipelines.storage import Folder, is_absent
+from pipelines.storage import Folder
 
 _SUMMARIZER_TOKENS = 512  # T5 was trained on inputs of this length
 

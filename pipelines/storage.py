@@ -8,33 +8,29 @@ other processes: the address travels with it, credentials do not.
 Files appear complete or not at all. Knows nothing of rows.
 """
 
-import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import unquote, urlparse
 
 from pyarrow import fs as pafs
 
 from mgie.errors import ConfigError, DataError
 from mgie.ledger import resolve_uri, write_atomically
+from mgie.stores import patiently
 
 RUN_FILE = "run.json"
 RUN_FORMAT = 1
 S3_ATTEMPTS = 10  # with 5 % of requests failing, one read in 10^13 fails for good
-_PAUSES_S = (0.2, 1.0, 5.0, 25.0)
 _COPY_BYTES = 8 << 20
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,7 @@ class Folder:
 
         Raises:
             DataError: The name leads out of the folder.
-            OSError: It cannot be read; `is_absent` tells a fault of the name from one of the store.
+            OSError: It cannot be read; `stores.is_absent` tells a fault of the name from one of the store.
         """
         path = self.at(name)
 
@@ -91,7 +87,8 @@ class Folder:
 
     def write(self, name: str, data: bytes) -> None:
         """Writes a small file at once; others see all of it or nothing. Raises OSError."""
-        write_atomically(self.filesystem, self.at(name), data)
+        path = self.at(name)
+        patiently(lambda: write_atomically(self.filesystem, path, data))
 
     @contextmanager
     def publish(self, name: str) -> Iterator[Path]:
@@ -192,41 +189,6 @@ def _s3(endpoint: str | None) -> pafs.S3FileSystem:
         connect_timeout=10,
         request_timeout=60,
     )
-
-
-def is_absent(error: OSError) -> bool:
-    """Whether an error says that this one name cannot be read, and not that the store is in trouble."""
-    if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError)):
-        return True
-    # For a folder Arrow raises an OSError without a number.
-    return error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL) or "is a directory" in str(error)
-
-
-def is_store_fault(error: OSError) -> bool:
-    """Whether an error says that the store is in trouble, and not that the content of a file is damaged.
-
-    Libraries report damaged content as an OSError too: one that comes neither from the system nor from S3.
-    """
-    return not is_absent(error) and (error.errno is not None or "AWS Error" in str(error))
-
-
-def patiently(work: Callable[[], Result]) -> Result:
-    """Result of `work`, tried again where an object store is in trouble beyond the tries of its file system.
-
-    Needed even for a single fault: the SDK writes an error's body into the buffer of the read, and gives up with
-    INTERNAL_FAILURE when it does not fit, as in a read of less than about 300 bytes.
-
-    Raises:
-        OSError: The trouble lasts for half a minute, or is of another kind.
-    """
-    for pause_s in _PAUSES_S:
-        try:
-            return work()
-        except OSError as error:
-            if not is_store_fault(error) or "AWS Error" not in str(error) or "ACCESS_DENIED" in str(error):
-                raise
-            time.sleep(pause_s)
-    return work()
 
 
 # ---- the run that fills a folder

@@ -52,13 +52,13 @@ from mgie.ledger import (
     split_rows,
     write_images_root,
 )
-from pipelines.cluster import StageSize, check_cluster, check_shared, start_ray
+from pipelines.cluster import StageSize, cause_of, check_cluster, check_shared, start_ray
 from pipelines.describe import BackendName, BundleDescriber, Describer, OpenAIDescriber, TransformersDescriber
 from pipelines.lease import hold_lease
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.report import REPORT_HTML, RunTotals, ledger_counts, summarize_run, write_report
 from pipelines.stages import PRESETS, DescribeEdit, FetchSources, Preset, Summarize, Summarizer
-from pipelines.storage import Folder, RunRecord, claim, fingerprint, open_folder, patiently
+from pipelines.storage import Folder, RunRecord, claim, fingerprint, open_folder
 
 PresetName = Literal["mgie_paper", "fast"]
 
@@ -153,7 +153,7 @@ def summarize(config: SummarizeConfig, *, console: Console | None = None) -> Out
     check_cluster(stages, task_cpus=_FETCH_CPUS, grows=config.cluster_grows)
     out = open_folder(config.out, endpoint=config.endpoint)
     manifest = _open_manifest(config, out)
-    root = patiently(lambda: images_root(manifest.filesystem, manifest.path, moved_to=config.images))
+    root = images_root(manifest.filesystem, manifest.path, moved_to=config.images)
     images = open_folder(root, endpoint=config.endpoint)
     run = _run_record(config, manifest)
     claim(out, run)
@@ -440,7 +440,7 @@ def _commit(rows: pa.Table, *, out: Folder, budget: Any) -> pa.Table:
     """Writes a block, then frees its share of the budget; returns its figures for the report."""
     buffer = io.BytesIO()
     pq.write_table(rows.select(LEDGER_SCHEMA.names), buffer)
-    patiently(lambda: out.write(f"part-{_block_name(rows)}.parquet", buffer.getvalue()))
+    out.write(f"part-{_block_name(rows)}.parquet", buffer.getvalue())
     ray.get(budget.give_back.remote(_block_name(rows)))
     reasons = [reason for reason in rows.column("reason").to_pylist() if reason]
     counted = ("describe_prompt_tokens", "describe_tokens", "summarize_prompt_tokens", "summarize_tokens")
@@ -469,7 +469,7 @@ def main(config: SummarizeConfig) -> int:
         errors.print(f"error: {error}")
         return 2
     except (OSError, ray.exceptions.RayError) as error:
-        cause = _cause(error)
+        cause = cause_of(error)
         errors.print(f"error: {type(cause).__name__}: {cause}\nthe same command continues the run")
         return 1
     console.print(
@@ -478,13 +478,6 @@ def main(config: SummarizeConfig) -> int:
         soft_wrap=True,
     )
     return 0
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What a worker raised, out of what Ray wraps around it."""
-    while (inner := getattr(error, "cause", None) or error.__cause__) is not None:
-        error = inner
-    return error
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 from mgie.errors import DataError
 from mgie.ledger import Direction, RejectionCode
-from pipelines.storage import Folder, is_absent
+from mgie.stores import is_absent
+from pipelines.storage import Folder
 
 ROWS_PER_SHARD = 1000
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mgie.errors import DataError
+from mgie.stores import is_absent
 from pipelines.readers.base import (
     BadRow,
     RawEdit,
@@ -27,7 +28,7 @@ from pipelines.readers.base import (
     text,
     text_or_none,
 )
-from pipelines.storage import Folder, is_absent
+from pipelines.storage import Folder
 
 FOLDERS_PER_SHARD = 250  # about four seeds each
 _IMAGE = re.compile(r"(.+)_[01]\.jpg")

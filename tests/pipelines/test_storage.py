@@ -10,14 +10,13 @@ import pytest
 
 from mgie.errors import ConfigError, DataError
 from mgie.ledger import images_root, read_manifest, write_images_root
+from mgie.stores import is_absent, is_store_fault
 from pipelines.storage import (
     Entry,
     Folder,
     RunRecord,
     claim,
     fingerprint,
-    is_absent,
-    is_store_fault,
     open_folder,
     read_run,
 )
