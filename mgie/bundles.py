@@ -21,6 +21,15 @@ from mgie.errors import BundleError
 from mgie.tiny import ensure_bundle
 from mgie.tiny.recipe import EMBEDDED, cache_folder
 
+# What boto3 raises when a store or a name in it cannot be read.
+S3_ERRORS = (
+    botocore.exceptions.ClientError,
+    botocore.exceptions.BotoCoreError,
+    boto3.exceptions.Boto3Error,
+    ValueError,  # an endpoint that is no URL
+    OSError,
+)
+
 
 def open_bundle(where: str | Path) -> Bundle:
     """The bundle named.
@@ -71,10 +80,20 @@ def _open_hub(name: str) -> Bundle:
     return bundle
 
 
-def _open_s3(url: str) -> Bundle:
+def split_s3_url(url: str) -> tuple[str, str]:
+    """Bucket and prefix, without slashes at its ends.
+
+    Raises:
+        BundleError: It holds `..`.
+    """
     bucket, _, prefix = url.removeprefix("s3://").strip("/").partition("/")
     if ".." in (bucket, *prefix.split("/")):
         raise BundleError(f"{url!r} holds '..'; give s3://bucket/prefix")
+    return bucket, prefix
+
+
+def _open_s3(url: str) -> Bundle:
+    bucket, prefix = split_s3_url(url)
     cache = cache_folder() / "s3" / bucket / prefix
 
     def download(relative: str, target: Path, sha256: str | None = None) -> None:
@@ -90,13 +109,7 @@ def _open_s3(url: str) -> Bundle:
             if sha256 is not None and hash_file(partial) != sha256:
                 raise BundleError(f"{url}/{relative} does not have the sha256 that {CONFIG_FILE} says")
             partial.replace(target)
-        except (
-            botocore.exceptions.ClientError,
-            botocore.exceptions.BotoCoreError,
-            boto3.exceptions.Boto3Error,
-            ValueError,  # an endpoint that is no URL
-            OSError,
-        ) as error:
+        except S3_ERRORS as error:
             raise BundleError(f"{url}/{relative} cannot be fetched: {error}") from error
         finally:
             if partial is not None:

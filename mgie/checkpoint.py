@@ -8,6 +8,7 @@ a file of another kind is refused. Knows nothing of where a bundle comes from (`
 """
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
@@ -59,6 +60,7 @@ from mgie.tokens import Tokenizer
 CONFIG_FILE = "bundle.json"
 _WEIGHTS, _PART_CONFIG = "model.safetensors", "config.json"
 _PREPROCESSOR, _SCHEDULER = "preprocessor_config.json", "scheduler_config.json"
+_VISION_PARTS: tuple[Part, ...] = ("vision", "projector")  # those of MLLM_PARTS that see the image
 _ALLOWED_SUFFIXES = (".safetensors", ".json", ".model", ".txt")  # nothing that could be a pickle or a program
 _HASH_BLOCK = 1 << 22
 # What transformers and diffusers raise for configurations and weights that make no model.
@@ -152,6 +154,12 @@ class Bundle:
                     f"{name} has sha256 {digest}; {CONFIG_FILE} says {entry.sha256}: copy the bundle again"
                 )
 
+    def without_vision(self) -> "Bundle":
+        """The same bundle with an LLM that does not see the image: the paper's LGIE."""
+        blind = copy.copy(self)
+        blind.config = dataclasses.replace(self.config, sees_image=False)
+        return blind
+
     def files(self, parts: Sequence[str]) -> dict[str, FileEntry]:
         """The listed files of these parts."""
         return {name: entry for name, entry in self.config.files.items() if name.split("/", 1)[0] in parts}
@@ -164,20 +172,16 @@ class Bundle:
         """
         target = resolve_device(device)
         weights = resolve_dtype(dtype, target)
+        self.verify(required_parts(self.config), hashes=False)
         if self.config.conditioner == "text":
-            self.verify(TEXT_PARTS, hashes=False)
-            encoder = _load_pretrained(CLIPTextModel, self.root / "text_encoder", weights).to(target)
-            tokenizer = _load_pretrained_tokenizer(CLIPTokenizer, self.root / "text_encoder")
-            if len(tokenizer) != encoder.config.vocab_size:
-                raise BundleError(
-                    f"the text encoder has {encoder.config.vocab_size} word embeddings; "
-                    f"its tokenizer has {len(tokenizer)} tokens"
-                )
-            return TextConditioner(tokenizer=tokenizer, encoder=encoder, bundle=self.identity)
-        self.verify(MLLM_PARTS, hashes=False)
-        tokenizer, clip_pixels = self.load_tokenizer(), self.load_clip_pixels()
+            tokenizer, encoder = self.load_text_encoder(weights)
+            return TextConditioner(tokenizer=tokenizer, encoder=encoder.to(target), bundle=self.identity)
+        tokenizer = self.load_tokenizer()
         mllm, edit_head = self.load_mllm(tokenizer, weights), self.load_edit_head()
-        _check_fit("CLIP preprocessing", clip_pixels.side_px, "the vision tower", mllm.vision.clip.config.image_size)
+        clip_pixels = None
+        if mllm.vision is not None:
+            clip_pixels, side = self.load_clip_pixels(), mllm.vision.clip.config.image_size
+            _check_fit("CLIP preprocessing", clip_pixels.side_px, "the vision tower", side)
         _check_fit("the edit head", edit_head.config["llm_dim"], "the LLM", mllm.llm.config.hidden_size)
         return MLLMConditioner(
             tokenizer=tokenizer,
@@ -211,19 +215,28 @@ class Bundle:
     def load_mgie(self, *, device: str = "auto", dtype: str = "float32") -> MGIE:
         """The whole model for training, with the right parts frozen.
 
+        Args:
+            dtype: Of the frozen parts of the MLLM; the VAE and what trains are float32.
+
         Raises:
             BundleError: Parts are missing, damaged or do not fit each other.
         """
         target = resolve_device(device)
-        weights = resolve_dtype(dtype, target)
-        self.verify((*MLLM_PARTS, *DIFFUSION_PARTS), hashes=False)
-        mllm, edit_head = self.load_mllm(self.load_tokenizer(), weights), self.load_edit_head()
-        unet = self.load_unet(weights)
+        frozen = resolve_dtype(dtype, target)
+        self.verify((*required_parts(self.config), *DIFFUSION_PARTS), hashes=False)
+        # As stored: what trains must not be rounded on the way to float32.
+        mllm = self.load_mllm(self.load_tokenizer(), None if frozen != torch.float32 else frozen)
+        edit_head, unet = self.load_edit_head(), self.load_unet()
         _check_fit("the edit head", edit_head.config["llm_dim"], "the LLM", mllm.llm.config.hidden_size)
         _check_fit("the edit head", edit_head.config["condition_dim"], "the UNet", unet.config.cross_attention_dim)
+        mllm.llm.model.embed_tokens.float()
+        mllm.llm.lm_head.float()
+        for part in (mllm.vision, mllm.projector, mllm.llm.model.layers, mllm.llm.model.norm):
+            if part is not None:
+                part.to(frozen)
         mgie = MGIE(
             mllm=mllm,
-            edit_head=edit_head.to(dtype=weights),
+            edit_head=edit_head,
             unet=unet,
             codec=self.load_codec(),
             schedule=NoiseSchedule(self.scheduler_config()),
@@ -231,6 +244,22 @@ class Bundle:
         )
         mgie.freeze()
         return mgie.to(target)
+
+    def load_text_encoder(self, dtype: torch.dtype = torch.float32) -> tuple[CLIPTokenizer, CLIPTextModel]:
+        """The `text_encoder` part, on the CPU, not training.
+
+        Raises:
+            BundleError: It is missing or damaged, or its tokenizer is of another size.
+        """
+        self.verify(("text_encoder",), hashes=False)
+        encoder = _load_pretrained(CLIPTextModel, self.root / "text_encoder", dtype)
+        tokenizer = _load_pretrained_tokenizer(CLIPTokenizer, self.root / "text_encoder")
+        if len(tokenizer) != encoder.config.vocab_size:
+            raise BundleError(
+                f"the text encoder has {encoder.config.vocab_size} word embeddings; "
+                f"its tokenizer has {len(tokenizer)} tokens"
+            )
+        return tokenizer, encoder
 
     def load_tokenizer(self) -> Tokenizer:
         """The `tokenizer` part.
@@ -259,23 +288,39 @@ class Bundle:
         except (ConfigError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise BundleError(f"vision/{_PREPROCESSOR} cannot be used: {error}") from error
 
-    def load_mllm(self, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> MLLM:
-        """Vision tower, projector and LLM, on the CPU, not training.
+    def load_vision(self, dtype: torch.dtype | None = torch.float32) -> VisionTower:
+        """The `vision` part, on the CPU, not training.
+
+        Raises:
+            BundleError: It is missing or damaged, or has no such layer as the bundle selects.
+        """
+        self.verify(("vision",), hashes=False)
+        clip = _load_pretrained(CLIPVisionModel, self.root / "vision", dtype)
+        return VisionTower(clip, self.config.vision_select_layer).eval()
+
+    def load_mllm(self, tokenizer: Tokenizer, dtype: torch.dtype | None = torch.float32) -> MLLM:
+        """LLM, and where it sees the image vision tower and projector; on the CPU, not training.
+
+        Args:
+            dtype: None = as stored.
 
         Raises:
             BundleError: A part is missing or damaged, or vocabulary and embeddings differ in size.
         """
-        self.verify(("vision", "projector", "llm"), hashes=False)
-        clip = _load_pretrained(CLIPVisionModel, self.root / "vision", dtype)
+        self.verify((*(_VISION_PARTS if self.config.sees_image else ()), "llm"), hashes=False)
         llm = _load_pretrained(LlamaForCausalLM, self.root / "llm", dtype)
         rows = llm.get_input_embeddings().weight.shape[0]
         if rows != tokenizer.vocab_size:
             raise BundleError(f"the LLM has {rows} word embeddings; the tokenizer has {tokenizer.vocab_size} tokens")
+        if not self.config.sees_image:
+            return MLLM(None, None, llm, im_patch_id=tokenizer.im_patch_id).eval()
+        vision = self.load_vision(dtype)
         weights = _load_safetensors(self.root / "projector" / _WEIGHTS)
-        projector = nn.Linear(clip.config.hidden_size, llm.config.hidden_size)
+        projector = nn.Linear(vision.clip.config.hidden_size, llm.config.hidden_size)
         load_strictly(projector, weights, "projector")
-        vision = VisionTower(clip, self.config.vision_select_layer)
-        return MLLM(vision, projector.to(dtype), llm, im_patch_id=tokenizer.im_patch_id).eval()
+        return MLLM(
+            vision, projector if dtype is None else projector.to(dtype), llm, im_patch_id=tokenizer.im_patch_id
+        ).eval()
 
     def load_edit_head(self) -> EditHead:
         """The `edit_head` part, float32, on the CPU, not training.
@@ -415,6 +460,13 @@ class BundleWriter:
             raise BundleError(f"{self._out} cannot be put in place: {error.strerror}") from error
 
 
+def required_parts(config: BundleConfig) -> tuple[Part, ...]:
+    """The parts that turn words into conditioning."""
+    if config.conditioner == "text":
+        return TEXT_PARTS
+    return tuple(part for part in MLLM_PARTS if config.sees_image or part not in _VISION_PARTS)
+
+
 def parse_config(content: bytes) -> BundleConfig:
     """The record in a `bundle.json`.
 
@@ -470,7 +522,13 @@ def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], name: str) -
         BundleError: Keys are missing or unexpected, or sizes differ; all are listed.
     """
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    given = {key: tuple(value.shape) for key, value in weights.items()}
+    if problems := list_misfits(expected, {key: tuple(value.shape) for key, value in weights.items()}):
+        raise BundleError(f"weights of {name} do not fit: {'; '.join(problems)}")
+    module.load_state_dict(dict(weights))
+
+
+def list_misfits(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What keeps tensors of the `given` shapes from standing in for the `expected` ones, by name."""
     problems = [f"{key} is missing" for key in expected if key not in given]
     problems += [f"{key} is unexpected" for key in given if key not in expected]
     problems += [
@@ -478,9 +536,7 @@ def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], name: str) -
         for key, shape in expected.items()
         if given.get(key, shape) != shape
     ]
-    if problems:
-        raise BundleError(f"weights of {name} do not fit: {'; '.join(problems)}")
-    module.load_state_dict(dict(weights))
+    return problems
 
 
 def _check_fit(name: str, size: int, other: str, other_size: int) -> None:
@@ -488,13 +544,13 @@ def _check_fit(name: str, size: int, other: str, other_size: int) -> None:
         raise BundleError(f"parts do not fit each other: {name} is of size {size}, {other} of {other_size}")
 
 
-def _load_pretrained(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """A transformers or diffusers model from its folder, strictly, safetensors only, not training."""
+def _load_pretrained(kind: Any, folder: Path, dtype: torch.dtype | None) -> Any:
+    """A transformers or diffusers model from its folder, strictly, safetensors only, not training; dtype None = as stored."""
     arguments: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
     if hasattr(kind, "load_config"):  # diffusers; names tensors of another size in its error
         arguments["torch_dtype"] = dtype
     else:  # transformers; names them only in what it returns
-        arguments |= {"dtype": dtype, "ignore_mismatched_sizes": True}
+        arguments |= {"dtype": dtype or "auto", "ignore_mismatched_sizes": True}
     try:
         with _quiet():
             model, info = kind.from_pretrained(folder, **arguments)

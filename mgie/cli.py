@@ -1,4 +1,4 @@
-"""`mgie edit | convert | parity | info`: the command line. The only module of the package that prints.
+"""`mgie edit | convert | export | parity | info`: the command line. The only module of the package that prints.
 
 Exit status: 0 done, 1 something failed (an edit of several, a parity group), 2 the command could not be
 carried out.
@@ -26,6 +26,7 @@ from mgie.convert import KeptDtype, Sources, convert
 from mgie.edit_list import parse_edit_list
 from mgie.editor import Editor, output_format
 from mgie.errors import ConfigError, DataError, ImageError, MGIEError
+from mgie.export import PUBLISHED_FILES, WeightKind, export_bundle, export_published, open_base, read_trained
 from mgie.images import OutputFormat
 from mgie.parity import compare
 from mgie.prompts import check_text
@@ -243,6 +244,47 @@ def convert_command(
     return 0
 
 
+def export(
+    run: Annotated[str, tyro.conf.Positional],
+    /,
+    *,
+    target: Annotated[Path, tyro.conf.arg(name="out")],
+    base: str | None = None,
+    weights: WeightKind | None = None,
+    step: int | None = None,
+    name: str | None = None,
+    published: bool = False,
+    replace: bool = False,
+) -> int:
+    """Make a bundle of what a training run has learnt.
+
+    Args:
+        run: A run's folder or one of its checkpoints, local or s3://bucket/prefix.
+        target: The bundle's folder, to be made.
+        base: Where the bundle that training began from lies now; default: where it did then.
+        weights: ema = running averages, raw = those of the last step; default: ema where the run kept it.
+        step: Which checkpoint; default: the newest.
+        name: Short name of the bundle; default: that of its folder.
+        published: Write mllm.pt and unet.pt, the layout of the published weights, instead of a bundle.
+        replace: Replace a bundle that is there.
+    """
+    with err.status("exporting"):
+        trained = read_trained(run, step=step, weights=weights)
+        origin = open_base(trained.snapshot, base)
+        if published:
+            export_published(trained, origin, target, replace=replace)
+        else:
+            bundle = export_bundle(trained, origin, target, name=name, replace=replace)
+    what = f"step {trained.snapshot.step}, {trained.kind} weights"
+    if published:
+        out.print(f"{target}  {', '.join(PUBLISHED_FILES)}: {what}", markup=False, soft_wrap=True)
+        return 0
+    out.print(f"{target}  bundle {bundle.config.name}, identity {bundle.identity}", markup=False, soft_wrap=True)
+    out.print(f"  {what}", markup=False, soft_wrap=True)
+    _warn_untrained(bundle.config)
+    return 0
+
+
 def parity(
     folder: Annotated[Path, tyro.conf.Positional], /, *, json_: Annotated[bool, tyro.conf.arg(name="json")] = False
 ) -> int:
@@ -313,7 +355,7 @@ def _describe(bundle: Bundle) -> dict[str, str]:
         "name": config.name,
         "identity": bundle.identity,
         "trained": "yes" if config.trained else "no: random weights, results show nothing",
-        "conditioner": config.conditioner,
+        "conditioner": config.conditioner + ("" if config.sees_image else " (the LLM does not see the image)"),
         "parts": "\n".join(f"{part}  {size / 1e6:.1f} MB" for part, size in sizes.items()),
         "dimensions": "\n".join(f"{name}  {value}" for name, value in config.dimensions.items()),
         "works at": f"{config.work_area_px} px of area, sides in multiples of {config.multiple_px}",
@@ -339,7 +381,13 @@ def _warn_untrained(config: BundleConfig) -> None:
 def main() -> None:
     """Entry point of the `mgie` command."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    commands: dict[str, Callable[..., int]] = {"edit": edit, "convert": convert_command, "parity": parity, "info": info}
+    commands: dict[str, Callable[..., int]] = {
+        "edit": edit,
+        "convert": convert_command,
+        "export": export,
+        "parity": parity,
+        "info": info,
+    }
     try:
         status = tyro.extras.subcommand_cli_from_dict(commands, prog="mgie", description="Edit photos with words.")
     except (MGIEError, OSError) as error:

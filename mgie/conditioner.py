@@ -77,6 +77,7 @@ class MLLMConditioner:
     """LLaVA writes the expressive instruction; the states of its visual tokens become the condition.
 
     Args:
+        clip_pixels: None for an LLM that does not see the image.
         generation: Defaults of the bundle. bundle: Its identity.
     """
 
@@ -84,7 +85,7 @@ class MLLMConditioner:
         self,
         *,
         tokenizer: Tokenizer,
-        clip_pixels: ClipPixels,
+        clip_pixels: ClipPixels | None,
         mllm: MLLM,
         edit_head: EditHead,
         generation: GenerationConfig,
@@ -104,7 +105,7 @@ class MLLMConditioner:
                 check_text(request.expressive, "expressive")
         if not requests:
             return []
-        features = self._mllm.image_features(self._clip_pixels([request.image for request in requests]))
+        features = self._image_features(requests)
         derived: dict[int, Guidance] = {}
         given = [i for i, request in enumerate(requests) if request.expressive is not None]
         if given:
@@ -114,6 +115,11 @@ class MLLMConditioner:
             generation = config or self._generation
             derived |= zip(free, self._generate([requests[i] for i in free], features[free], generation), strict=True)
         return [derived[i] for i in range(len(requests))]
+
+    def _image_features(self, requests: Sequence[EditRequest]) -> Float[Tensor, "B P D"]:
+        if self._clip_pixels is None:  # P = 0
+            return torch.zeros(len(requests), 0, self._mllm.llm.config.hidden_size, device=self._mllm.device)
+        return self._mllm.image_features(self._clip_pixels([request.image for request in requests]))
 
     def _generate(
         self, requests: Sequence[EditRequest], features: Float[Tensor, "B P D"], config: GenerationConfig

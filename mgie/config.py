@@ -5,6 +5,7 @@ Frozen, keyword-only. Knows no torch and no files; `checkpoint.py` stores `Bundl
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -148,6 +149,8 @@ class BundleConfig:
     "N of [IMG0]..[IMG<N-1>]; 0 for a LLaVA alone"
     vision_select_layer: int = -2
     "hidden layer of the vision tower that LLaVA reads"
+    sees_image: bool = True
+    "false: a text-only LLM, the paper's LGIE; `vision` and `projector` are not used"
     dimensions: Mapping[str, int] = field(default_factory=dict)
     "sizes worth showing; each part's own configuration is what counts"
     work_area_px: int = 512 * 512
@@ -174,8 +177,147 @@ class BundleConfig:
                 f"bundle {self.name!r} has format version {self.format_version}; this program reads {FORMAT_VERSION}"
             )
 
+    @property
+    def training_side_px(self) -> int:
+        """Side of the training images where none is asked for: 256 as published, less for a smaller work area."""
+        return min(256, math.isqrt(self.work_area_px) // 8 * 8)
+
     def require(self, parts: Sequence[Part]) -> None:
         """Raises BundleError naming the missing ones unless all `parts` are present."""
         missing = [part for part in parts if part not in self.parts]
         if missing:
             raise BundleError(f"bundle {self.name!r} has no {', '.join(missing)}; it holds {', '.join(self.parts)}")
+
+
+# ---- training
+
+Variant = Literal["e2e", "lgie", "ft", "ip2p", "fz"]
+ComputeDtype = Literal["float32", "bfloat16", "float64"]
+Sharding = Literal["ddp", "fully_shard"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, its learning rates and what is done to gradients and weights around it (defaults: the paper)."""
+
+    lr_tokens: float = 5e-4
+    "peak learning rate of word embeddings and LM head"
+    lr_edit_head: float = 5e-4
+    "peak learning rate of the edit head"
+    lr_unet: float = 1e-4
+    "peak learning rate of the UNet"
+    beta1: float = 0.9
+    "decay of the first moment"
+    beta2: float = 0.999
+    "decay of the second moment"
+    eps: float = 1e-8
+    "added to the root of the second moment"
+    weight_decay: float = 0.0
+    "decoupled weight decay, of matrices only"
+    warmup: float = 0.03
+    "share of all steps in which the learning rate rises from 0"
+    max_grad_norm: float = 1.0
+    "gradients are scaled down to this norm over all of them; 0 = never"
+    ema_decay: float = 0.999
+    "of the moving average of the trained weights; 0 = none is kept"
+
+    def __post_init__(self) -> None:
+        for name in ("lr_tokens", "lr_edit_head", "lr_unet", "weight_decay"):
+            check_range(name, getattr(self, name), 0.0, 10.0)
+        for name in ("beta1", "beta2", "ema_decay", "warmup"):
+            check_range(name, getattr(self, name), 0.0, 0.999999)
+        check_range("eps", self.eps, 0.0, 1.0)
+        check_range("max_grad_norm", self.max_grad_norm, 0.0, 1e6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What is minimised: `L_ins + edit_weight * L_edit` (defaults: the paper)."""
+
+    edit_weight: float = 0.5
+    "weight of the diffusion loss beside the language loss"
+    condition_dropout: float = 0.05
+    "share of samples that lose the text, that lose the image, and that lose both: each"
+    min_snr_gamma: float = 0.0
+    "weights timesteps by min(SNR, gamma); 0 = all alike, as published (5 is usual)"
+
+    def __post_init__(self) -> None:
+        check_range("edit_weight", self.edit_weight, 0.0, 1000.0)
+        check_range("condition_dropout", self.condition_dropout, 0.0, 1 / 3)
+        check_range("min_snr_gamma", self.min_snr_gamma, 0.0, 1000.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Random changes made to source and goal alike. Not with caches."""
+
+    crop: float = 0.0
+    "crops keep at least 1 - crop of the side; 0 = off"
+    flip: float = 0.0
+    "share of samples mirrored; never those whose words say left or right"
+
+    def __post_init__(self) -> None:
+        check_range("crop", self.crop, 0.0, 0.9)
+        check_range("flip", self.flip, 0.0, 1.0)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is changed."""
+        return self.crop > 0 or self.flip > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """All that decides the numbers of a training run, but for data and starting weights."""
+
+    variant: Variant = "e2e"
+    "e2e: MGIE; lgie: its LLM does not see the image; ft, ip2p: UNet alone on CLIP's embedding of the expressive or the brief instruction; fz: nothing trains, for comparison"
+    steps: int = 1000
+    "optimiser steps"
+    global_batch: int = 32
+    "samples per step, over all workers"
+    micro_batch: int = 8
+    "samples at a time on one device; gradients are accumulated"
+    seed: int = 0
+    "of order, noise, timesteps, dropout and augmentation"
+    image_side_px: int = 0
+    "side of the square training images; 0 = that of the bundle, at most 256"
+    max_length: int = 512
+    "tokens of a row; longer ones are cut"
+    dtype: ComputeDtype = "float32"
+    "bfloat16 computes in it, with weights and optimiser in float32"
+    gradient_checkpointing: bool = False
+    "recompute blocks in the backward pass: less memory, about a third more time"
+    compile: bool = False
+    "torch.compile each block of LLM and UNet"
+    channels_last: bool = False
+    "memory layout of the UNet's convolutions"
+    sharding: Sharding = "ddp"
+    "fully_shard: split the trained weights and their optimiser over the workers, where memory is short"
+    max_skipped: int = 10
+    "stop after this many steps in a row whose loss or gradient was not finite; such steps change nothing"
+    optimizer: OptimizerConfig = OptimizerConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    augment: AugmentConfig = AugmentConfig()
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("variant", VARIANTS),
+            ("dtype", get_args(ComputeDtype)),
+            ("sharding", get_args(Sharding)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}", param=name
+                )
+        check_range("steps", self.steps, 0, 10**9)
+        check_range("global_batch", self.global_batch, 1, 10**6)
+        check_range("micro_batch", self.micro_batch, 1, 10**6)
+        check_range("seed", self.seed, 0, MAX_SEED)
+        check_range("max_length", self.max_length, 16, 10**6)
+        check_range("max_skipped", self.max_skipped, 1, 10**6)
+        if self.image_side_px % 8:
+            raise ConfigError(
+                f"image_side_px is {self.image_side_px}; it must be a multiple of 8", param="image_side_px"
+            )

@@ -5,20 +5,27 @@ Knows nothing of where examples come from, nor of their order.
 Axes: B batch, T tokens, S CLIP image side, H W training image sides.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeVar, cast
 
 import torch
+from jaxtyping import Float
 from PIL import Image
+from torch import Tensor
+from transformers import CLIPTokenizer
 
 from mgie.errors import DataError
 from mgie.generation import pad
 from mgie.images import PUBLISHED_SIDE_PX, ClipPixels, to_signed, training_pixels
-from mgie.model import TrainingBatch, training_state_start
+from mgie.model import Conversations, EncoderWords, PixelPair, training_state_start
 from mgie.prompts import IGNORE, encode_answered
 from mgie.tokens import Tokenizer
 
 MAX_LENGTH = 512  # tokens of a training row in the published recipe
+
+_Record = TypeVar("_Record")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,50 +42,103 @@ class EditExample:
     "the label: the expressive instruction"
 
 
-class Collator:
-    """Makes a `TrainingBatch` of examples.
+def pixel_pair(examples: Sequence[EditExample], side_px: int) -> PixelPair:
+    """Source and goal images as the VAE is trained on them: the published chain of crops and resizings."""
+    return PixelPair(
+        source=torch.stack([to_signed(training_pixels(e.source, side_px)) for e in examples]),
+        goal=torch.stack([to_signed(training_pixels(e.goal, side_px)) for e in examples]),
+    )
+
+
+def vision_pixels(examples: Sequence[EditExample], clip_pixels: ClipPixels) -> Float[Tensor, "B 3 S S"]:
+    """Source images as the vision tower is trained on them."""
+    return clip_pixels([training_pixels(e.source, PUBLISHED_SIDE_PX) for e in examples])
+
+
+class ConversationCollator:
+    """Makes teacher-forced `Conversations` of words; the images are added by whoever has them.
 
     Args:
-        num_patches: Image features per image (P). image_side_px: Side of the square training images.
+        num_patches: Image features per image (P); 0 = the LLM does not see the image.
         max_length: Longer rows are cut, as in the published training (visual tokens may be lost then).
     """
 
-    def __init__(
-        self,
-        *,
-        tokenizer: Tokenizer,
-        clip_pixels: ClipPixels,
-        num_patches: int,
-        image_side_px: int,
-        max_length: int = MAX_LENGTH,
-    ) -> None:
-        self._tokenizer, self._clip_pixels = tokenizer, clip_pixels
-        self._num_patches, self._image_side_px, self._max_length = num_patches, image_side_px, max_length
+    def __init__(self, tokenizer: Tokenizer, *, num_patches: int, max_length: int = MAX_LENGTH) -> None:
+        self._tokenizer, self._num_patches, self._max_length = tokenizer, num_patches, max_length
 
-    def __call__(self, examples: Sequence[EditExample]) -> TrainingBatch:
-        """The batch, padded on the right.
+    def __call__(
+        self,
+        words: Sequence[tuple[str, str]],
+        *,
+        clip_pixels: Float[Tensor, "B 3 S S"] | None = None,
+        features: Float[Tensor, "B P d"] | None = None,
+    ) -> Conversations:
+        """The rows of (instruction, expressive instruction), padded on the right.
 
         Raises:
-            DataError: There are no examples.
+            DataError: There are none.
         """
-        if not examples:
+        if not words:
             raise DataError("a batch of 0 examples was asked for; it needs at least 1")
         rows = [
-            encode_answered(
-                self._tokenizer, e.instruction, e.expressive, self._num_patches, max_length=self._max_length
-            )
-            for e in examples
+            encode_answered(self._tokenizer, instruction, expressive, self._num_patches, max_length=self._max_length)
+            for instruction, expressive in words
         ]
         ids, mask = pad([row.ids for row in rows], self._tokenizer.pad_id)
         labels, _ = pad([row.labels for row in rows], IGNORE)
         num_visual = len(self._tokenizer.visual_ids)
         starts = [training_state_start(len(row.ids), row.visual_start, num_visual) for row in rows]
-        return TrainingBatch(
+        # Position t is scored on label t + 1. The last column predicts nothing.
+        is_label = torch.nn.functional.pad(labels[:, 1:] != IGNORE, (0, 1)).flatten()
+        return Conversations(
             input_ids=ids,
             mask=mask,
             labels=labels,
+            label_positions=is_label.nonzero().squeeze(1),
+            label_ids=labels[:, 1:][labels[:, 1:] != IGNORE],
             state_starts=torch.tensor(starts),
-            clip_pixels=self._clip_pixels([training_pixels(e.source, PUBLISHED_SIDE_PX) for e in examples]),
-            source_pixels=torch.stack([to_signed(training_pixels(e.source, self._image_side_px)) for e in examples]),
-            goal_pixels=torch.stack([to_signed(training_pixels(e.goal, self._image_side_px)) for e in examples]),
+            clip_pixels=clip_pixels,
+            features=features,
         )
+
+
+class EncoderCollator:
+    """Makes `EncoderWords` of texts.
+
+    Args:
+        which: The words that the encoder reads. Longer ones than it takes are cut.
+    """
+
+    def __init__(self, tokenizer: CLIPTokenizer, *, length: int, which: Literal["instruction", "expressive"]) -> None:
+        self._tokenizer, self._length, self._which = tokenizer, length, which
+
+    def __call__(self, words: Sequence[tuple[str, str]]) -> EncoderWords:
+        """The rows of (instruction, expressive instruction)."""
+        return self.encode([expressive if self._which == "expressive" else brief for brief, expressive in words])
+
+    def encode(self, texts: Sequence[str]) -> EncoderWords:
+        """Rows of texts."""
+        # split_special_tokens: a user's "<|endoftext|>" stays text.
+        ids = self._tokenizer(
+            list(texts),
+            split_special_tokens=True,
+            truncation=True,
+            padding="max_length",
+            max_length=self._length,
+            return_tensors="pt",
+        )["input_ids"]
+        return EncoderWords(input_ids=ids)
+
+
+def to_device(record: _Record, device: torch.device) -> _Record:
+    """A record of tensors, and of such records, on the device.
+
+    Host memory is pinned first where the device is a GPU, so that the copy waits for nothing.
+    """
+    if isinstance(record, Tensor):
+        host = record.pin_memory() if device.type == "cuda" else record
+        return cast(_Record, host.to(device, non_blocking=True))
+    if dataclasses.is_dataclass(record) and not isinstance(record, type):
+        moved = {f.name: to_device(getattr(record, f.name), device) for f in dataclasses.fields(record)}
+        return dataclasses.replace(record, **moved)
+    return record

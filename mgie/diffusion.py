@@ -87,6 +87,11 @@ class NoiseSchedule(nn.Module):
         abar = self.abar[timesteps][:, None, None, None]
         return abar.sqrt(), (1 - abar).sqrt()
 
+    def snr(self, timesteps: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+        """Signal-to-noise ratio `abar / (1 - abar)`."""
+        abar = self.abar[timesteps]
+        return abar / (1 - abar)
+
     def add_noise(
         self, latents: Float[Tensor, "B c h w"], noise: Float[Tensor, "B c h w"], timesteps: Int[Tensor, " B"]
     ) -> Float[Tensor, "B c h w"]:

@@ -8,6 +8,7 @@
     ├── BundleError              a bundle is missing, damaged or does not fit its use
     │   └── ConversionError      a published checkpoint cannot become a bundle
     ├── DataError                a data set, ledger or cache is not what it should be
+    ├── TrainingError            a training run cannot go on
     └── ParityError              a folder of reference vectors cannot be read
 
 A message names the thing, the value got and the value allowed. Knows nothing of HTTP: `serving`
@@ -56,6 +57,10 @@ class ConversionError(BundleError):
 
 class DataError(MGIEError):
     """A data set, ledger or cache is not what it should be."""
+
+
+class TrainingError(MGIEError):
+    """A training run cannot go on: its losses or gradients are not finite any more."""
 
 
 class ParityError(MGIEError):

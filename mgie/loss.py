@@ -1,8 +1,10 @@
 """Language loss, diffusion loss, condition dropout, and their weights.
 
-`loss = L_ins + 0.5 * L_edit`. Knows nothing of models: takes predictions and draws.
+`loss = L_ins + 0.5 * L_edit`. Knows nothing of models: takes predictions and draws. Every mean can be taken over a
+larger batch than the one given (`num_...`), so that the parts of a batch, on one device after another or on many at
+once, sum to what the whole gives.
 
-Axes: B batch, T tokens, V vocabulary, Q queries, C condition width, h w latent sides.
+Axes: B batch, L label tokens, V vocabulary, Q queries, C condition width, h w latent sides.
 """
 
 from dataclasses import dataclass
@@ -11,18 +13,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mgie.prompts import IGNORE
-
 EDIT_LOSS_WEIGHT = 0.5
-# Dropout of conditions, one uniform u per sample (source: InstructPix2Pix, section 3.2.1):
-TEXT_DROP_BELOW = 0.10  # u < 0.10            -> null text condition
-IMAGE_DROP_FROM = 0.05  # 0.05 <= u < 0.15    -> image latents zeroed
-IMAGE_DROP_BELOW = 0.15
+# Dropout of conditions, one uniform u per sample (source: InstructPix2Pix, section 3.2.1), with p = 0.05:
+CONDITION_DROPOUT = 0.05  # u < 2p -> null text condition; p <= u < 3p -> image latents zeroed
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Scalars: `total` = `instruction` + 0.5 * `edit`."""
+    """Scalars: `total` = `instruction` + weight * `edit`."""
 
     total: Tensor
     instruction: Tensor
@@ -30,25 +28,49 @@ class Losses:
 
 
 def language_loss(
-    logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"], *, num_label_tokens: Tensor | int | None = None
+    logits: Float[Tensor, "L V"], label_ids: Int[Tensor, " L"], *, num_label_tokens: Tensor | int | None = None
 ) -> Float[Tensor, ""]:
-    """Next-token cross entropy: position t is scored on label t + 1.
+    """Cross entropy of the scores that predict the label tokens; other positions need not be scored.
 
     Args:
         num_label_tokens: What the sum is divided by: the label tokens of the *global* batch where this is
             a part of it; None = those of this batch. With none at all the loss is 0 (the published code
             gives NaN).
     """
-    shifted = labels[:, 1:].reshape(-1)
-    scores = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
-    total = nn.functional.cross_entropy(scores, shifted, ignore_index=IGNORE, reduction="sum")
-    count = (shifted != IGNORE).sum() if num_label_tokens is None else num_label_tokens
+    total = nn.functional.cross_entropy(_at_least_float32(logits), label_ids, reduction="sum")
+    count = len(label_ids) if num_label_tokens is None else num_label_tokens
     return total / torch.as_tensor(count, device=total.device).clamp(min=1)
 
 
-def diffusion_loss(prediction: Float[Tensor, "B c h w"], target: Float[Tensor, "B c h w"]) -> Float[Tensor, ""]:
-    """Mean squared error in float32."""
-    return nn.functional.mse_loss(prediction.float(), target.float())
+def diffusion_loss(
+    prediction: Float[Tensor, "B c h w"],
+    target: Float[Tensor, "B c h w"],
+    *,
+    weights: Float[Tensor, " B"] | None = None,
+    num_samples: int | None = None,
+) -> Float[Tensor, ""]:
+    """Mean squared error, in float32 at least.
+
+    Args:
+        weights: Of the samples, see `min_snr_weights`; None = 1.
+        num_samples: What the sum over samples is divided by: those of the global batch; None = B.
+    """
+    errors = (_at_least_float32(prediction) - _at_least_float32(target)).square().mean(dim=(1, 2, 3))
+    if weights is not None:
+        errors = errors * weights
+    return errors.sum() / (len(errors) if num_samples is None else num_samples)
+
+
+def min_snr_weights(snr: Float[Tensor, " B"], gamma: float, prediction_type: str) -> Float[Tensor, " B"]:
+    """Weights of the squared errors of what the UNet predicts, so that no noise level dominates.
+
+    `min(SNR, gamma)` on the error of the clean latents is min/SNR on that of epsilon and min/(SNR + 1) on that of v.
+    Source: Hang et al., ICCV 2023, section 3.4.
+    """
+    clipped = snr.clamp(max=gamma)
+    if prediction_type == "epsilon":
+        return clipped / snr
+    return clipped / (snr + 1) if prediction_type == "v_prediction" else clipped
 
 
 def drop_conditions(
@@ -56,19 +78,28 @@ def drop_conditions(
     null_condition: Float[Tensor, "1 Q C"],
     image_latents: Float[Tensor, "B c h w"],
     u: Float[Tensor, " B"],
+    *,
+    share: float = CONDITION_DROPOUT,
 ) -> tuple[Float[Tensor, "B Q C"], Float[Tensor, "B c h w"]]:
     """Condition and image latents with classifier-free dropout applied.
 
     Args:
         u: Uniform draws in [0, 1), one per sample; 1 keeps everything.
+        share: Of the samples that lose the text, that lose the image, and that lose both: each.
     """
-    drop_text = u < TEXT_DROP_BELOW
-    drop_image = (u >= IMAGE_DROP_FROM) & (u < IMAGE_DROP_BELOW)
+    drop_text = u < 2 * share
+    drop_image = (u >= share) & (u < 3 * share)
     condition = torch.where(drop_text[:, None, None], null_condition, condition)
     image_latents = torch.where(drop_image[:, None, None, None], torch.zeros_like(image_latents), image_latents)
     return condition, image_latents
 
 
-def combine(instruction: Float[Tensor, ""], edit: Float[Tensor, ""]) -> Losses:
-    """`total = instruction + 0.5 * edit`."""
-    return Losses(total=instruction + EDIT_LOSS_WEIGHT * edit, instruction=instruction, edit=edit)
+def combine(
+    instruction: Float[Tensor, ""], edit: Float[Tensor, ""], *, edit_weight: float = EDIT_LOSS_WEIGHT
+) -> Losses:
+    """`total = instruction + edit_weight * edit`."""
+    return Losses(total=instruction + edit_weight * edit, instruction=instruction, edit=edit)
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -5,6 +5,8 @@ Knows nothing of prompts or decoding (`generation.py`).
 Axes: B batch, T tokens, P image patches, S image side of the vision tower, D width of the LLM, V vocabulary.
 """
 
+from typing import overload
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -45,24 +47,29 @@ class MLLM(nn.Module):
     """Vision tower + linear projector + LLaMA.
 
     Args:
+        vision, projector: None for an LLM that does not see the image; P is 0 then.
         im_patch_id: Id of the placeholder tokens that image features replace.
     """
 
-    def __init__(self, vision: VisionTower, projector: nn.Linear, llm: LlamaForCausalLM, *, im_patch_id: int) -> None:
+    def __init__(
+        self, vision: VisionTower | None, projector: nn.Linear | None, llm: LlamaForCausalLM, *, im_patch_id: int
+    ) -> None:
         super().__init__()
-        width_in, width_out = vision.clip.config.hidden_size, llm.config.hidden_size
-        if (projector.in_features, projector.out_features) != (width_in, width_out):
-            raise BundleError(
-                f"projector maps {projector.in_features} -> {projector.out_features}; "
-                f"vision tower and LLM need {width_in} -> {width_out}"
-            )
+        if vision is not None and projector is not None:
+            width_in, width_out = vision.clip.config.hidden_size, llm.config.hidden_size
+            if (projector.in_features, projector.out_features) != (width_in, width_out):
+                raise BundleError(
+                    f"projector maps {projector.in_features} -> {projector.out_features}; "
+                    f"vision tower and LLM need {width_in} -> {width_out}"
+                )
         self.vision, self.projector, self.llm = vision, projector, llm
         self.im_patch_id = im_patch_id
 
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return self.projector.weight.device
+        device: torch.device = self.llm.model.norm.weight.device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -73,7 +80,7 @@ class MLLM(nn.Module):
     @property
     def num_patches(self) -> int:
         """P: `<im_patch>` tokens per image."""
-        return self.vision.num_patches
+        return 0 if self.vision is None else self.vision.num_patches
 
     @property
     def max_positions(self) -> int:
@@ -82,16 +89,32 @@ class MLLM(nn.Module):
 
     def visual_embeddings(self, num_visual_tokens: int) -> Float[Tensor, "N D"]:
         """Input embeddings of the visual tokens: the last rows of the embedding matrix."""
-        weight: Tensor = self.llm.model.embed_tokens.weight
-        return weight[-num_visual_tokens:]
+        rows = self.llm.config.vocab_size
+        # Looked up, not sliced off: so the module's own hooks bring the rows where its weight is sharded.
+        embeddings: Tensor = self.llm.model.embed_tokens(
+            torch.arange(rows - num_visual_tokens, rows, device=self.device)
+        )
+        return embeddings
 
-    def image_features(self, pixels: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B P D"]:
-        """Projected patch features."""
-        features: Tensor = self.projector(self.vision(pixels.to(self.device, self.projector.weight.dtype)))
-        return features
+    @overload
+    def image_features(self, pixels: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B P D"]: ...
+    @overload
+    def image_features(self, pixels: None) -> None: ...
+    def image_features(self, pixels: Float[Tensor, "B 3 S S"] | None) -> Float[Tensor, "B P D"] | None:
+        """Projected patch features; None where no image is seen."""
+        if pixels is None:
+            return None
+        assert self.vision is not None, "an LLM that does not see the image was given one"
+        return self.project(self.vision(pixels.to(self.device, self.vision.clip.dtype)))
 
-    def embed(self, input_ids: Int[Tensor, "B T"], features: Float[Tensor, "B P D"]) -> Float[Tensor, "B T D"]:
-        """Word embeddings with each row's `<im_patch>` embeddings replaced by its image features.
+    def project(self, features: Float[Tensor, "B P d"]) -> Float[Tensor, "B P D"]:
+        """Features of the vision tower in the LLM's space."""
+        assert self.projector is not None, "an LLM that does not see the image was given features"
+        projected: Tensor = self.projector(features.to(self.device, self.projector.weight.dtype))
+        return projected
+
+    def embed(self, input_ids: Int[Tensor, "B T"], features: Float[Tensor, "B P D"] | None) -> Float[Tensor, "B T D"]:
+        """Word embeddings with each row's `<im_patch>` embeddings replaced by its image features (None: P = 0).
 
         Raises:
             ValueError: A row has not exactly P placeholders (a bug: prompts are built with P of them).
@@ -99,8 +122,13 @@ class MLLM(nn.Module):
         embeddings: Tensor = self.llm.model.embed_tokens(input_ids)
         places = input_ids == self.im_patch_id
         # Counted on the host ids only when they are there: no device synchronisation inside a training step.
-        if input_ids.device.type == "cpu" and not bool((places.sum(1) == features.shape[1]).all()):
-            raise ValueError(f"rows hold {places.sum(1).tolist()} image placeholders; each needs {features.shape[1]}")
+        num_patches = 0 if features is None else features.shape[1]
+        if input_ids.device.type == "cpu" and not bool((places.sum(1) == num_patches).all()):
+            raise ValueError(f"rows hold {places.sum(1).tolist()} image placeholders; each needs {num_patches}")
+        # In training the embeddings may be of higher precision than the frozen blocks that read them.
+        embeddings = embeddings.to(self.llm.model.norm.weight.dtype)
+        if features is None:
+            return embeddings
         return embeddings.masked_scatter(places[..., None], features.to(embeddings.dtype))
 
     def forward(

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from PIL import Image
@@ -28,13 +28,14 @@ from mgie.checkpoint import Bundle
 from mgie.conditioner import EditRequest
 from mgie.config import EditSettings, GenerationConfig
 from mgie.convert import Sources, convert
-from mgie.data import Collator, EditExample
+from mgie.data import MAX_LENGTH, ConversationCollator, EditExample, pixel_pair, vision_pixels
 from mgie.diffusion import widen_input
 from mgie.errors import ParityError
 from mgie.generation import Generation, Generator, gather_states, select_start, select_states
 from mgie.images import Framing, center_square, read_image, resize, to_signed, training_pixels
 from mgie.loss import Losses
-from mgie.model import MGIE, TrainingBatch, TrainingDraws
+from mgie.mllm import VisionTower
+from mgie.model import MGIE, Conversations, PixelPair, TrainingBatch, TrainingDraws
 from mgie.prompts import (
     IGNORE,
     SUMMARIZE,
@@ -297,34 +298,29 @@ class _Comparison:
         for i, sample in enumerate(self.samples):
             ours = self.clip_pixels([self.image(sample["image"])])[0]
             pixels.tensor(f"gen{i}.pixel_values", ours, self.vectors[f"gen{i}.pixel_values"], relative=False)
-        batch = self._batch(self.record["train_samples"])
+        words, images = self._batch(self.record["train_samples"])
         for name, ours in (
-            ("train.pixel_values", batch.clip_pixels),
-            ("train.p2p_inp", batch.source_pixels),
-            ("train.p2p_ans", batch.goal_pixels),
+            ("train.pixel_values", cast(Tensor, words.clip_pixels)),
+            ("train.p2p_inp", images.source),
+            ("train.p2p_ans", images.goal),
         ):
             pixels.tensor(name, ours, self.vectors[name], relative=False)
         return [pixels]
 
-    def _batch(self, samples: list[dict[str, Any]], max_length: int | None = None) -> TrainingBatch:
-        collate = Collator(
-            tokenizer=self.tokenizer,
-            clip_pixels=self.clip_pixels,
-            num_patches=self.num_patches,
-            image_side_px=self.side_px,
-            **({} if max_length is None else {"max_length": max_length}),
-        )
-        return collate(
-            [
-                EditExample(
-                    source=self.image(sample["image"]),
-                    goal=self.image(sample["goal"]),
-                    instruction=sample["instruction"],
-                    expressive=sample["expressive"],
-                )
-                for sample in samples
-            ]
-        )
+    def _batch(self, samples: list[dict[str, Any]], max_length: int = MAX_LENGTH) -> tuple[Conversations, PixelPair]:
+        examples = [
+            EditExample(
+                source=self.image(sample["image"]),
+                goal=self.image(sample["goal"]),
+                instruction=sample["instruction"],
+                expressive=sample["expressive"],
+            )
+            for sample in samples
+        ]
+        collate = ConversationCollator(self.tokenizer, num_patches=self.num_patches, max_length=max_length)
+        words = [(example.instruction, example.expressive) for example in examples]
+        clip_pixels = vision_pixels(examples, self.clip_pixels)
+        return collate(words, clip_pixels=clip_pixels), pixel_pair(examples, self.side_px)
 
     def _draws(self, dropout_u: Tensor) -> TrainingDraws:
         return TrainingDraws(
@@ -336,29 +332,30 @@ class _Comparison:
 
     @torch.no_grad()
     def training(self) -> list[Group]:
-        batch, v, mgie = self._batch(self.record["train_samples"]), self.vectors, self.mgie
+        (words, images), v, mgie = self._batch(self.record["train_samples"]), self.vectors, self.mgie
         ids = Group("training ids, mask and labels", EXACT)
-        ids.tensor("train.input_ids", batch.input_ids, v["train.input_ids"], relative=False)
-        ids.tensor("train.attention_mask", batch.mask.long(), v["train.attention_mask"], relative=False)
-        ids.tensor("train.labels", batch.labels, v["train.labels"], relative=False)
-        ids.equal("train_select_index", batch.state_starts.tolist(), self.record["train_select_index"])
+        ids.tensor("train.input_ids", words.input_ids, v["train.input_ids"], relative=False)
+        ids.tensor("train.attention_mask", words.mask.long(), v["train.attention_mask"], relative=False)
+        ids.tensor("train.labels", words.labels, v["train.labels"], relative=False)
+        ids.equal("train_select_index", words.state_starts.tolist(), self.record["train_select_index"])
 
         features = Group("image features and input embeddings", STATES)
-        features.tensor("train.clip_features", mgie.mllm.vision(batch.clip_pixels), v["train.clip_features"])
-        projected = mgie.mllm.image_features(batch.clip_pixels)
+        pixels = cast(Tensor, words.clip_pixels)
+        features.tensor("train.clip_features", cast(VisionTower, mgie.mllm.vision)(pixels), v["train.clip_features"])
+        projected = mgie.mllm.image_features(pixels)
         features.tensor("train.projected_features", projected, v["train.projected_features"])
-        features.tensor("train.inputs_embeds", mgie.mllm.embed(batch.input_ids, projected), v["train.inputs_embeds"])
+        features.tensor("train.inputs_embeds", mgie.mllm.embed(words.input_ids, projected), v["train.inputs_embeds"])
 
-        hidden = mgie.hidden(batch)
+        hidden = mgie.hidden(words)
         states = Group("hidden states and logits", STATES)
         # States of padding are never used, and need not be what the original computed from padding.
-        real = batch.mask[..., None]
+        real = words.mask[..., None]
         states.tensor("train.hidden", hidden * real, v["train.hidden"] * real)
         states.tensor("train.logits", mgie.mllm.logits(hidden) * real, v["train.logits"] * real)
-        selected = gather_states(hidden, batch.state_starts, self.num_visual)
+        selected = gather_states(hidden, words.state_starts, self.num_visual)
         states.tensor("train.selected_hidden", selected, v["train.selected_hidden"])
 
-        condition, null_condition = mgie.condition(hidden, batch.state_starts)
+        condition, null_condition = mgie.condition(hidden, words.state_starts)
         edit = Group("edit features", STATES)
         emb = mgie.mllm.visual_embeddings(self.num_visual).expand_as(v["train.emb"])
         edit.tensor("train.emb", emb, v["train.emb"])
@@ -367,8 +364,8 @@ class _Comparison:
         edit.tensor("gen.null_features", null_condition, v["gen.null_features"])
 
         latents = Group("latents", DEEP)
-        mean, logvar = mgie.codec.moments(batch.goal_pixels)
-        goal, source = mgie.latents(batch, v["train.posterior_noise"])
+        mean, logvar = mgie.codec.moments(images.goal)
+        goal, source = mgie.latents(images, v["train.posterior_noise"])
         noisy = mgie.schedule.add_noise(goal, v["train.noise"], v["train.timesteps"])
         for name, ours in (
             ("train.vae_ans_mean", mean),
@@ -384,7 +381,9 @@ class _Comparison:
         unet.tensor("train.unet_out", mgie.predict(noisy, source, v["train.timesteps"], condition), v["train.unet_out"])
 
         losses = Group("losses", STATES)
-        self._compare_losses(losses, "train", mgie(batch, self._draws(v["train.prob_nodrop"])))
+        self._compare_losses(
+            losses, "train", mgie(TrainingBatch(words=words, images=images), self._draws(v["train.prob_nodrop"]))
+        )
         return [ids, features, states, edit, latents, unet, losses]
 
     def _compare_losses(self, group: Group, prefix: str, losses: Losses) -> None:
@@ -393,8 +392,8 @@ class _Comparison:
                 group.tensor(f"{prefix}.{name}", ours, recorded)
 
     def gradients(self) -> list[Group]:
-        batch = self._batch(self.record["train_samples"])
-        losses = self.mgie(batch, self._draws(self.vectors["train.prob_nodrop"]))
+        words, images = self._batch(self.record["train_samples"])
+        losses = self.mgie(TrainingBatch(words=words, images=images), self._draws(self.vectors["train.prob_nodrop"]))
         losses.total.backward()
         ours = {_published_name(name): p.grad for name, p in self.mgie.named_parameters() if p.grad is not None}
         values, norms = Group("gradients", DEEP), Group("gradient norms", GRADIENT_NORMS)
@@ -416,17 +415,20 @@ class _Comparison:
 
     @torch.no_grad()
     def dropout(self) -> list[Group]:
-        v, batch, group = self.vectors, self._batch(self.record["train_samples"]), Group("condition dropout", DEEP)
+        (words, images), v = self._batch(self.record["train_samples"]), self.vectors
+        group = Group("condition dropout", DEEP)
         unet = self.mgie.unet
         with _recorded_inputs(unet) as seen:
-            self._compare_losses(group, "drop", self.mgie(batch, self._draws(v["drop.prob"])))
+            self._compare_losses(
+                group, "drop", self.mgie(TrainingBatch(words=words, images=images), self._draws(v["drop.prob"]))
+            )
         group.tensor("drop.unet_in", seen["sample"], v["drop.unet_in"])
         group.tensor("drop.text", seen["condition"], v["drop.text"])
         group.tensor("drop.unet_out", seen["output"], v["drop.unet_out"])
         boundaries = self.record["dropout_boundaries"]
         u = torch.tensor(boundaries["prob"], dtype=torch.float32)
         with _recorded_inputs(unet) as seen:
-            losses = self.mgie(batch, self._draws(u))
+            losses = self.mgie(TrainingBatch(words=words, images=images), self._draws(u))
         null = v["train.null_features"]
         group.tensor("boundary loss", losses.total, torch.tensor(boundaries["loss"]))
         for i, (text, image) in enumerate(zip(boundaries["text_null"], boundaries["image_null"], strict=True)):
@@ -438,26 +440,28 @@ class _Comparison:
     @torch.no_grad()
     def edge(self) -> list[Group]:
         edge, v = self.record["edge_samples"], self.vectors
-        batch = self._batch(edge["samples"], max_length=edge["model_max_length"])
+        words, images = self._batch(edge["samples"], max_length=edge["model_max_length"])
         ids, numbers = (
             Group("edge batch: ids and selection", EXACT),
             Group("edge batch: states, features, losses", STATES),
         )
-        ids.tensor("edge.input_ids", batch.input_ids, v["edge.input_ids"], relative=False)
-        ids.tensor("edge.labels", batch.labels, v["edge.labels"], relative=False)
-        ids.tensor("edge.attention_mask", batch.mask.long(), v["edge.attention_mask"], relative=False)
-        ids.equal("select_index", batch.state_starts.tolist(), edge["select_index"])
-        hidden, real = self.mgie.hidden(batch), batch.mask[..., None]
+        ids.tensor("edge.input_ids", words.input_ids, v["edge.input_ids"], relative=False)
+        ids.tensor("edge.labels", words.labels, v["edge.labels"], relative=False)
+        ids.tensor("edge.attention_mask", words.mask.long(), v["edge.attention_mask"], relative=False)
+        ids.equal("select_index", words.state_starts.tolist(), edge["select_index"])
+        hidden, real = self.mgie.hidden(words), words.mask[..., None]
         numbers.tensor("edge.hidden", hidden * real, v["edge.hidden"] * real)
         numbers.tensor(
             "edge.selected_hidden",
-            gather_states(hidden, batch.state_starts, self.num_visual),
+            gather_states(hidden, words.state_starts, self.num_visual),
             v["edge.selected_hidden"],
         )
         numbers.tensor(
-            "edge.edit_features", self.mgie.condition(hidden, batch.state_starts)[0], v["edge.edit_features"]
+            "edge.edit_features", self.mgie.condition(hidden, words.state_starts)[0], v["edge.edit_features"]
         )
-        self._compare_losses(numbers, "edge", self.mgie(batch, self._draws(v["train.prob_nodrop"])))
+        self._compare_losses(
+            numbers, "edge", self.mgie(TrainingBatch(words=words, images=images), self._draws(v["train.prob_nodrop"]))
+        )
         return [ids, numbers]
 
     def widening(self) -> list[Group]:

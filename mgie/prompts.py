@@ -59,10 +59,13 @@ def question(instruction: str, num_patches: int, *, for_data: bool = False) -> l
 
     Args:
         instruction: User text; becomes plain pieces whatever it holds.
-        num_patches: Image features P that will replace the `<im_patch>` tokens.
+        num_patches: Image features P that will replace the `<im_patch>` tokens; 0 = no image block, for an LLM
+            that does not see the image.
         for_data: The wording of data generation, which asks for a short paragraph.
     """
     asked = QUESTION.format(instruction=instruction) + (DATA_SUFFIX if for_data else "")
+    if not num_patches:
+        return [f"{SYSTEM} USER: {asked} ASSISTANT:"]
     return [
         f"{SYSTEM} USER: {asked}\n",
         Control(IM_START),

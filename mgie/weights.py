@@ -169,12 +169,21 @@ class TensorPlan:
         Raises:
             ConversionError: A value does not fit into it.
         """
-        if tensor.dtype == self.dtype:
-            return tensor
-        cast = tensor.to(self.dtype)
-        if bool(torch.isinf(cast).any()) and not bool(torch.isinf(tensor).any()):
-            raise ConversionError(f"{self.name} has values that are too large for {self.dtype}: choose another dtype")
-        return cast
+        return cast_in_range(self.name, tensor, self.dtype)
+
+
+def cast_in_range(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor`, called `name`, in another dtype.
+
+    Raises:
+        ConversionError: A value does not fit into it.
+    """
+    if tensor.dtype == dtype:
+        return tensor
+    cast = tensor.to(dtype)
+    if bool(torch.isinf(cast).any()) and not bool(torch.isinf(tensor).any()):
+        raise ConversionError(f"{name} has values that are too large for {dtype}: choose another dtype")
+    return cast
 
 
 def write_sharded(folder: Path, tensors: Sequence[TensorPlan], max_shard_bytes: int | None, report: Report) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import UserCodeException
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mgie.errors import ConfigError
@@ -158,3 +159,11 @@ def check_shared(folders: Mapping[str, Folder]) -> None:
 
 def _unseen(paths: Mapping[str, str]) -> list[str]:
     return [name for name, path in paths.items() if not Path(path).exists()]
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What a worker raised, out of what Ray wraps around it."""
+    # Ray Data leaves out what its own exception wraps; the one around that has the worker's traceback.
+    while (inner := getattr(error, "cause", None) or error.__cause__) and not isinstance(inner, UserCodeException):
+        error = inner
+    return error

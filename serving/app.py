@@ -23,7 +23,8 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from mgie.bundles import open_bundle
-from mgie.config import DIFFUSION_PARTS, MLLM_PARTS, TEXT_PARTS, ImageLimits
+from mgie.checkpoint import required_parts
+from mgie.config import DIFFUSION_PARTS, ImageLimits
 from serving.ingress import (
     READY_TIMEOUT_S,
     EditOutcome,
@@ -231,7 +232,7 @@ def app(args: ServingArgs) -> serve.Application:
     """
     # Here already, so that a wrong name fails at once and an embedded bundle is built before replicas race for it.
     config = open_bundle(args.bundle).config
-    config.require((*(MLLM_PARTS if config.conditioner == "mllm" else TEXT_PARTS), *DIFFUSION_PARTS))
+    config.require((*required_parts(config), *DIFFUSION_PARTS))
     drain_s = args.timeout_s + DRAIN_SLACK_S  # longer than the longest edit
     common: dict[str, Any] = {
         "max_ongoing_requests": args.max_ongoing_requests,

@@ -7,10 +7,13 @@ versions. Knows nothing of how bundles are used.
 
 import hashlib
 import io
+import itertools
 import os
+import re
+from collections import Counter
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import platformdirs
 import sentencepiece
@@ -18,6 +21,9 @@ import torch
 from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
@@ -26,20 +32,31 @@ from transformers import (
     T5ForConditionalGeneration,
     T5Tokenizer,
 )
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mgie.checkpoint import BundleWriter
-from mgie.config import DIFFUSION_PARTS, MLLM_PARTS, BundleConfig, EditSettings, GenerationConfig, Provenance
+from mgie.config import (
+    DIFFUSION_PARTS,
+    MLLM_PARTS,
+    TEXT_PARTS,
+    BundleConfig,
+    EditSettings,
+    GenerationConfig,
+    Provenance,
+)
 from mgie.edit_head import EditHead
 from mgie.tokens import IMAGE_TOKENS, Tokenizer
 
-EmbeddedName = Literal["tiny", "tiny-summarizer"]
-EMBEDDED: tuple[EmbeddedName, ...] = ("tiny", "tiny-summarizer")
+EmbeddedName = Literal["tiny", "tiny-ip2p", "tiny-summarizer"]
+EMBEDDED: tuple[EmbeddedName, ...] = get_args(EmbeddedName)
 
 _SEED = 20240507
-_NUM_PIECES = 700
+_NUM_PIECES, _NUM_MERGES = 700, 512
 _CONDITION_DIM = 64
 _NUM_VISUAL_TOKENS = 8
 _IMAGE_SIDE, _PATCH_SIDE = 112, 14
+_TEXT_LENGTH = 77  # positions of CLIP's text encoder
+_WORD_END = "</w>"  # CLIP's mark on the last piece of a word
 _SCHEDULER = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -50,6 +67,7 @@ _SCHEDULER = {
     "timestep_spacing": "linspace",
     "steps_offset": 1,
 }
+_WORK: dict[str, Any] = {"work_area_px": 128 * 128, "multiple_px": 16, "defaults": EditSettings(steps=20)}
 _CLIP_PIXELS = {
     "do_resize": True,
     "size": {"shortest_edge": _IMAGE_SIDE},
@@ -85,10 +103,8 @@ def build(name: EmbeddedName, out: Path) -> None:
     """Writes the embedded bundle `name` to `out`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
-        if name == "tiny":
-            _build_mgie(out)
-        else:
-            _build_summarizer(out)
+        builders = {"tiny": _build_mgie, "tiny-ip2p": _build_ip2p, "tiny-summarizer": _build_summarizer}
+        builders[name](out)
 
 
 def _build_mgie(out: Path) -> None:
@@ -120,27 +136,7 @@ def _build_mgie(out: Path) -> None:
     head = EditHead(
         llm_dim=192, condition_dim=_CONDITION_DIM, width=128, num_queries=32, num_layers=2, feedforward_dim=256
     )
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        in_channels=8,
-        out_channels=4,
-        block_out_channels=(48, 96),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=_CONDITION_DIM,
-        attention_head_dim=4,
-        norm_num_groups=16,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(16, 32, 48, 48),
-        layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=128,
-    )
+    unet, vae = _new_unet(), _new_vae()
     config = BundleConfig(
         name="mgie-tiny",
         parts=(*MLLM_PARTS, *DIFFUSION_PARTS),
@@ -155,9 +151,7 @@ def _build_mgie(out: Path) -> None:
             "condition_tokens": 32,
             "condition_dim": _CONDITION_DIM,
         },
-        work_area_px=128 * 128,
-        multiple_px=16,
-        defaults=EditSettings(steps=20),
+        **_WORK,
         generation=GenerationConfig(max_new_tokens=48),
     )
     with BundleWriter(out, config) as writer:
@@ -167,9 +161,77 @@ def _build_mgie(out: Path) -> None:
         writer.add_projector(projector.state_dict())
         writer.add_pretrained("llm", llm)
         writer.add_edit_head(head.config, head.state_dict())
-        writer.add_pretrained("unet", unet)
-        writer.add_pretrained("vae", vae)
-        writer.add_scheduler({"_class_name": EulerAncestralDiscreteScheduler.__name__, **_SCHEDULER})
+        _add_diffusion(writer, unet, vae)
+
+
+def _build_ip2p(out: Path) -> None:
+    merges, alphabet = _train_merges(_NUM_MERGES), sorted(bytes_to_unicode().values())
+    # CLIP's own arrangement: every byte, every byte at the end of a word, merges, special tokens.
+    tokens = [*alphabet, *(byte + _WORD_END for byte in alphabet), *map("".join, merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
+    encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokens),
+            hidden_size=_CONDITION_DIM,
+            intermediate_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=_TEXT_LENGTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    unet, vae = _new_unet(), _new_vae()
+    config = BundleConfig(
+        name="ip2p-tiny",
+        parts=(*TEXT_PARTS, *DIFFUSION_PARTS),
+        trained=False,
+        provenance=_PROVENANCE,
+        conditioner="text",
+        num_visual_tokens=0,
+        dimensions={"vocabulary": len(tokens), "condition_tokens": _TEXT_LENGTH, "condition_dim": _CONDITION_DIM},
+        **_WORK,
+    )
+    with BundleWriter(out, config) as writer:
+        writer.add_pretrained("text_encoder", encoder, tokenizer=tokenizer)
+        _add_diffusion(writer, unet, vae)
+
+
+def _new_unet() -> UNet2DConditionModel:
+    """The UNet of both editors."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=8,
+        out_channels=4,
+        block_out_channels=(48, 96),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=_CONDITION_DIM,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def _new_vae() -> AutoencoderKL:
+    """The VAE of both editors."""
+    return AutoencoderKL(
+        block_out_channels=(16, 32, 48, 48),
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=128,
+    )
+
+
+def _add_diffusion(writer: BundleWriter, unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
+    writer.add_pretrained("unet", unet)
+    writer.add_pretrained("vae", vae)
+    writer.add_scheduler({"_class_name": EulerAncestralDiscreteScheduler.__name__, **_SCHEDULER})
 
 
 def _build_summarizer(out: Path) -> None:
@@ -205,10 +267,9 @@ def build_tokenizer() -> Tokenizer:
 
 def _train_pieces(model_type: str, **options: Any) -> bytes:
     """A sentencepiece model with LLaMA's text handling: nothing normalised, every space kept."""
-    corpus = resources.files("mgie.tiny").joinpath("corpus.txt").read_text(encoding="utf-8")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus.splitlines()),
+        sentence_iterator=iter(_corpus().splitlines()),
         model_writer=model,
         model_type=model_type,
         vocab_size=_NUM_PIECES,
@@ -220,3 +281,37 @@ def _train_pieces(model_type: str, **options: Any) -> bytes:
         **options,
     )
     return model.getvalue()
+
+
+def _train_merges(num_merges: int) -> list[tuple[str, str]]:
+    """Byte-pair encoding of the corpus's words: the commonest pair of neighbours becomes a piece, again and again.
+
+    Written out because the tokenizers library breaks ties by chance.
+
+    Source: Sennrich et al. 2016, "Neural machine translation of rare words with subword units".
+    """
+    words = Counter((*word[:-1], word[-1] + _WORD_END) for word in re.findall("[a-z]+", _corpus().lower()))
+    merges: list[tuple[str, str]] = []
+    for _ in range(num_merges):
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, count in words.items():
+            for pair in itertools.pairwise(word):
+                pairs[pair] += count
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(best)
+        words = Counter({_merge(word, best): count for word, count in words.items()})
+    return merges
+
+
+def _merge(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    pieces: list[str] = []
+    i = 0
+    while i < len(word):
+        width = 2 if word[i : i + 2] == pair else 1
+        pieces.append("".join(word[i : i + width]))
+        i += width
+    return tuple(pieces)
+
+
+def _corpus() -> str:
+    return resources.files("mgie.tiny").joinpath("corpus.txt").read_text(encoding="utf-8")

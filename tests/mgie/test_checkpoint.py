@@ -20,6 +20,7 @@ from mgie.checkpoint import (
     hash_file,
     load_strictly,
     parse_config,
+    required_parts,
     resolve_device,
     resolve_dtype,
 )
@@ -146,6 +147,43 @@ def test_a_partial_bundle_is_legal_and_says_what_it_lacks(tmp_path: Path) -> Non
         bundle.load_renderer(device="cpu")
     with pytest.raises(BundleError, match="has no summarizer"):
         bundle.load_summarizer(device="cpu")
+
+
+def test_an_llm_that_does_not_see_the_image_needs_no_vision_parts(copied: Path, tiny_bundle: Bundle) -> None:
+    for part in ("vision", "projector"):
+        shutil.rmtree(copied / part)
+    with pytest.raises(BundleError, match="lacks projector/"):
+        Bundle(copied).load_conditioner(device="cpu")
+    rewrite_config(
+        copied,
+        lambda data: data.update(
+            sees_image=False, parts=[part for part in data["parts"] if part not in ("vision", "projector")]
+        ),
+    )
+    relist(copied)
+    bundle = Bundle(copied)
+    bundle.verify()
+    assert bundle.config.sees_image is False
+    assert required_parts(bundle.config) == ("tokenizer", "llm", "edit_head")
+    request = EditRequest(image=PICTURE, instruction="make it night")
+    [ours] = bundle.load_conditioner(device="cpu").derive([request], GenerationConfig(max_new_tokens=4))
+    [theirs] = (
+        tiny_bundle.without_vision()
+        .load_conditioner(device="cpu")
+        .derive([request], GenerationConfig(max_new_tokens=4))
+    )
+    assert torch.equal(ours.condition, theirs.condition)
+    mgie = bundle.load_mgie(device="cpu")
+    assert mgie.mllm.num_patches == 0
+    assert {name.split(".")[0] for name, _ in mgie.mllm.named_parameters()} == {"llm"}
+
+
+def test_a_bundle_that_does_not_say_whether_it_sees_the_image_does(copied: Path) -> None:
+    rewrite_config(copied, lambda data: data.pop("sees_image"))
+    assert Bundle(copied).config.sees_image is True
+    rewrite_config(copied, lambda data: data.update(sees_image="no"))
+    with pytest.raises(BundleError, match="sees_image"):
+        Bundle(copied)
 
 
 def text_bundle(out: Path, *, vocab_size: int | None = None) -> None:

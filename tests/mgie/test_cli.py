@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 
 import mgie.cli
+from mgie.bundles import open_bundle
 from mgie.checkpoint import CONFIG_FILE, Bundle
 from mgie.images import read_metadata
+from mgie.snapshot import write_snapshot
 
 FAST = ("--steps", "1", "--device", "cpu")
 
@@ -237,6 +239,52 @@ def test_text_in_a_bundle_is_shown_as_it_is(run: Run, tmp_path: Path, tiny_folde
     data["provenance"]["data"] = "[red]warm[/red] [/x]"
     (folder / CONFIG_FILE).write_text(json.dumps(data))
     assert "[red]warm[/red] [/x]" in run("info", folder).out
+
+
+# ---- export
+
+
+def test_a_run_is_exported_by_command_and_the_bundle_edits(run: Run, tmp_path: Path) -> None:
+    bundle = open_bundle("tiny-ip2p")
+    weights = {f"unet.{name}": value for name, value in bundle.load_unet().state_dict().items()}
+    write_snapshot(
+        tmp_path / "run" / "checkpoints" / "step-00000003", step=3, variant="ip2p", base=bundle.identity,
+        base_bundle="tiny-ip2p", config={}, data="", data_names=["photos"], metrics={}, trainable=weights, ema=None,
+        optimizer={},
+    )  # fmt: skip
+    done = run("export", "run", "--out", "mine")
+    assert (done.status, done.err) == (0, "")
+    assert done.out.splitlines()[0].startswith("mine  bundle mine, identity ")
+    assert "step 3, raw weights" in done.out
+    shown = json.loads(run("info", "./mine", "--json").out)
+    assert (shown["trained"], shown["provenance"]["data"]) == (True, "photos")
+    save_picture(tmp_path / "photo.png")
+    assert run("edit", "photo.png", "make it night", "--bundle", "./mine", *FAST).status == 0
+    assert load_picture(tmp_path / "photo-edited.png")[1] == (48, 32)
+    again = run("export", "run", "--out", "mine", "--name", "new", "--replace")
+    assert "bundle new" in again.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nothing", "--out", "b"), "nothing holds no complete checkpoint"),
+        (("run", "--out", "b", "--weights", "ema"), "give --weights raw"),
+        (("run", "--out", "b", "--step", "4"), "step-00000004 is no checkpoint"),
+        (("run", "--out", "b", "--base", "tiny"), "say by --base where that lies now"),
+        (("run", "--out", "b", "--base", "tiny-ip2p", "--published"), "the published layout holds"),
+    ],
+)
+def test_what_cannot_be_exported_is_said(run: Run, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    write_snapshot(
+        tmp_path / "run" / "checkpoints" / "step-00000003", step=3, variant="fz",
+        base=open_bundle("tiny-ip2p").identity, base_bundle="tiny-ip2p", config={}, data="", data_names=[], metrics={},
+        trainable={}, ema=None, optimizer={},
+    )  # fmt: skip
+    done = run("export", *arguments)
+    assert done.status == 2
+    assert message in done.err
+    assert not (tmp_path / "b").exists()
 
 
 # ---- parity and convert

@@ -1,5 +1,6 @@
 """Words -> guidance: batches, given expressive instructions, the text conditioner, refusals."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 
@@ -12,7 +13,7 @@ from mgie.checkpoint import Bundle
 from mgie.conditioner import Conditioner, EditRequest, Guidance, MLLMConditioner, TextConditioner
 from mgie.config import GenerationConfig
 from mgie.errors import PromptError
-from mgie.prompts import encode_question
+from mgie.prompts import encode_answered, encode_question
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +118,27 @@ def test_forcing_what_the_model_would_write_gives_the_states_of_generation(
 def test_without_visual_tokens_the_fallback_is_reported(conditioner: Conditioner) -> None:
     [guidance] = conditioner.derive(REQUESTS[:1], GenerationConfig(max_new_tokens=3))
     assert guidance.used_fallback
+
+
+def test_an_llm_that_does_not_see_the_image_derives_the_same_for_every_image(
+    tiny_bundle: Bundle, conditioner: Conditioner
+) -> None:
+    blind = tiny_bundle.without_vision().load_conditioner(device="cpu")
+    one, other = ([dataclasses.replace(request, image=_image(9 + i)) for request in REQUESTS] for i in range(2))
+    tokenizer = tiny_bundle.load_tokenizer()
+    for ours, theirs, seen, request in zip(
+        blind.derive(one), blind.derive(other), conditioner.derive(one), REQUESTS, strict=True
+    ):
+        _close(ours, theirs)
+        assert not torch.allclose(ours.condition, seen.condition, atol=1e-4)
+        assert ours.image_tokens == 0
+        expected = (
+            encode_question(tokenizer, request.instruction, 0)
+            if request.expressive is None
+            else encode_answered(tokenizer, request.instruction, request.expressive, 0).ids
+        )
+        assert ours.prompt_tokens == len(expected)
+    assert not torch.allclose(blind.derive(one[:1])[0].condition, blind.derive(one[1:2])[0].condition, atol=1e-4)
 
 
 @pytest.mark.parametrize(

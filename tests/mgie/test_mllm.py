@@ -34,6 +34,20 @@ def test_a_row_with_another_number_of_placeholders_is_refused(mllm: MLLM) -> Non
         mllm.embed(ids, torch.zeros(1, mllm.num_patches, 192))
 
 
+@torch.no_grad()
+def test_an_llm_without_eyes_has_word_embeddings_only(tiny_bundle: Bundle, mllm: MLLM) -> None:
+    blind = tiny_bundle.without_vision().load_mllm(tiny_bundle.load_tokenizer())
+    assert (blind.num_patches, blind.vision, blind.projector) == (0, None, None)
+    assert blind.image_features(None) is None
+    ids = torch.tensor([[1, 5, 6], [1, 7, 8]])
+    words = mllm.llm.model.embed_tokens(ids)
+    assert torch.equal(blind.embed(ids, None), words)
+    assert torch.equal(blind.embed(ids, torch.zeros(2, 0, 192)), words)
+    for features in (None, torch.zeros(1, 0, 192)):
+        with pytest.raises(ValueError, match=r"rows hold \[1\] image placeholders; each needs 0"):
+            blind.embed(torch.tensor([[1, mllm.im_patch_id]]), features)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_padding_on_either_side_leaves_real_positions_as_they_are(mllm: MLLM, side: str) -> None:

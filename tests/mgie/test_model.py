@@ -1,6 +1,7 @@
 """The training module: what trains, gradients, independence of batch mates and padding, collation."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,9 @@ import torch
 from PIL import Image
 
 from mgie.checkpoint import Bundle
-from mgie.data import Collator, EditExample
+from mgie.data import ConversationCollator, EditExample, pixel_pair, vision_pixels
 from mgie.errors import DataError
-from mgie.model import MGIE, TrainingBatch, TrainingDraws, training_state_start
+from mgie.model import MGIE, Conversations, PixelPair, TrainingBatch, TrainingDraws, training_state_start
 
 
 @pytest.fixture(scope="module")
@@ -18,14 +19,22 @@ def mgie(tiny_bundle: Bundle) -> MGIE:
     return tiny_bundle.load_mgie(device="cpu")
 
 
+Collate = Callable[[Sequence[EditExample]], TrainingBatch]
+
+
 @pytest.fixture(scope="module")
-def collate(tiny_bundle: Bundle, mgie: MGIE) -> Collator:
-    return Collator(
-        tokenizer=tiny_bundle.load_tokenizer(),
-        clip_pixels=tiny_bundle.load_clip_pixels(),
-        num_patches=mgie.mllm.num_patches,
-        image_side_px=64,
-    )
+def collate(tiny_bundle: Bundle, mgie: MGIE) -> Collate:
+    words = ConversationCollator(tiny_bundle.load_tokenizer(), num_patches=mgie.mllm.num_patches)
+    clip_pixels = tiny_bundle.load_clip_pixels()
+
+    def collate(examples: Sequence[EditExample]) -> TrainingBatch:
+        pixels = vision_pixels(examples, clip_pixels)
+        return TrainingBatch(
+            words=words([(e.instruction, e.expressive) for e in examples], clip_pixels=pixels),
+            images=pixel_pair(examples, 64),
+        )
+
+    return collate
 
 
 def _example(i: int) -> EditExample:
@@ -50,8 +59,9 @@ def _draws(num: int, seed: int = 0) -> TrainingDraws:
     )
 
 
-def _rows(record: TrainingBatch | TrainingDraws, index: slice) -> dict[str, torch.Tensor]:
-    return {f.name: getattr(record, f.name)[index] for f in dataclasses.fields(record)}
+def conversations(batch: TrainingBatch) -> Conversations:
+    assert isinstance(batch.words, Conversations)
+    return batch.words
 
 
 def test_embeddings_lm_head_edit_head_and_unet_train_and_nothing_else(mgie: MGIE) -> None:
@@ -63,7 +73,7 @@ def test_embeddings_lm_head_edit_head_and_unet_train_and_nothing_else(mgie: MGIE
     assert trained == {"mllm.llm.model.embed_tokens.weight", "mllm.llm.lm_head.weight", "edit_head", "unet"}
 
 
-def test_every_trained_parameter_gets_a_gradient(mgie: MGIE, collate: Collator) -> None:
+def test_every_trained_parameter_gets_a_gradient(mgie: MGIE, collate: Collate) -> None:
     losses = mgie(collate([_example(i) for i in range(4)]), _draws(4))
     losses.total.backward()
     trained = {name: p for name, p in mgie.named_parameters() if p.requires_grad}
@@ -75,41 +85,41 @@ def test_every_trained_parameter_gets_a_gradient(mgie: MGIE, collate: Collator) 
 
 
 @torch.no_grad()
-def test_losses_of_a_batch_are_the_means_over_its_parts(mgie: MGIE, collate: Collator) -> None:
+def test_losses_of_a_batch_are_the_means_over_its_parts(mgie: MGIE, collate: Collate) -> None:
     """Rows do not see each other, nor their padding: lengths differ here."""
     batch, draws = collate([_example(i) for i in range(3)]), _draws(3)
     whole = mgie(batch, draws)
-    num_label_tokens = int((batch.labels[:, 1:] != -100).sum())
     parts = [
         mgie(
-            TrainingBatch(**_rows(batch, slice(i, i + 1))),
-            TrainingDraws(**_rows(draws, slice(i, i + 1))),
-            num_label_tokens=num_label_tokens,
+            collate([_example(i)]),
+            TrainingDraws(**{f.name: getattr(draws, f.name)[i : i + 1] for f in dataclasses.fields(draws)}),
+            num_label_tokens=len(conversations(batch).label_ids),
+            num_samples=3,
         )
         for i in range(3)
     ]
     assert whole.instruction.item() == pytest.approx(sum(p.instruction.item() for p in parts), rel=1e-5)
-    assert whole.edit.item() == pytest.approx(sum(p.edit.item() for p in parts) / 3, rel=1e-5)
+    assert whole.edit.item() == pytest.approx(sum(p.edit.item() for p in parts), rel=1e-5)
 
 
 @torch.no_grad()
-def test_padding_does_not_change_a_row(mgie: MGIE, collate: Collator) -> None:
+def test_padding_does_not_change_a_row(mgie: MGIE, collate: Collate) -> None:
     short, long = _example(0), _example(3)
-    alone, padded = collate([short]), collate([short, long])
+    alone, padded = conversations(collate([short])), conversations(collate([short, long]))
     assert padded.input_ids.shape[1] > alone.input_ids.shape[1]
     ours, theirs = mgie.hidden(alone)[0], mgie.hidden(padded)[0, : alone.input_ids.shape[1]]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     assert alone.state_starts[0] == padded.state_starts[0]
 
 
-def test_a_short_row_without_visual_tokens_falls_back_within_itself(collate: Collator) -> None:
+def test_a_short_row_without_visual_tokens_falls_back_within_itself(collate: Collate) -> None:
     """F4: the original counts padding and would select it."""
     assert training_state_start(40, None, 8) == 31
     assert training_state_start(40, 39, 8) == 31
     assert training_state_start(40, 31, 8) == 30
 
 
-def test_dropped_text_gives_the_null_condition_and_keeps_its_gradient(mgie: MGIE, collate: Collator) -> None:
+def test_dropped_text_gives_the_null_condition_and_keeps_its_gradient(mgie: MGIE, collate: Collate) -> None:
     """R8: the null condition is trained through the samples whose text is dropped."""
     draws = dataclasses.replace(_draws(1), dropout_u=torch.tensor([0.02]))
     mgie(collate([_example(0)]), draws).edit.backward()
@@ -118,21 +128,36 @@ def test_dropped_text_gives_the_null_condition_and_keeps_its_gradient(mgie: MGIE
     mgie.zero_grad()
 
 
-def test_collation_follows_the_examples(collate: Collator) -> None:
+def test_collation_follows_the_examples(collate: Collate) -> None:
     batch = collate([_example(0), _example(1)])
-    assert batch.source_pixels.shape == (2, 3, 64, 64)
-    assert batch.clip_pixels.shape == (2, 3, 112, 112)
-    assert batch.mask.sum(1).tolist() == [int((row != -100).nonzero().max()) + 1 for row in batch.labels]
-    assert float(batch.source_pixels.abs().max()) <= 1.0
-    assert not torch.equal(batch.source_pixels, batch.goal_pixels)
+    words, images = conversations(batch), batch.images
+    assert isinstance(images, PixelPair)
+    assert images.source.shape == (2, 3, 64, 64)
+    assert words.clip_pixels is not None
+    assert words.clip_pixels.shape == (2, 3, 112, 112)
+    assert words.mask.sum(1).tolist() == [int((row != -100).nonzero().max()) + 1 for row in words.labels]
+    assert float(images.source.abs().max()) <= 1.0
+    assert not torch.equal(images.source, images.goal)
 
 
-def test_an_empty_batch_is_refused(collate: Collator) -> None:
+def test_label_positions_are_those_that_predict_the_labels(collate: Collate) -> None:
+    words = conversations(collate([_example(0), _example(3)]))
+    num_rows, num_tokens = words.labels.shape
+    expected = [
+        (row * num_tokens + t, int(words.labels[row, t + 1]))
+        for row in range(num_rows)
+        for t in range(num_tokens - 1)
+        if words.labels[row, t + 1] != -100
+    ]
+    assert list(zip(words.label_positions.tolist(), words.label_ids.tolist(), strict=True)) == expected
+
+
+def test_an_empty_batch_is_refused(tiny_bundle: Bundle) -> None:
     with pytest.raises(DataError, match="0 examples"):
-        collate([])
+        ConversationCollator(tiny_bundle.load_tokenizer(), num_patches=64)([])
 
 
-def test_real_pairs_can_be_collated(collate: Collator, sample_photos: Path) -> None:
+def test_real_pairs_can_be_collated(collate: Collate, sample_photos: Path) -> None:
     pairs = sorted((sample_photos / "ipr2pr").glob("*/*_0.jpg"))
     assert len(pairs) == 4
     examples = [
@@ -144,4 +169,6 @@ def test_real_pairs_can_be_collated(collate: Collator, sample_photos: Path) -> N
         )
         for path in pairs
     ]
-    assert collate(examples).goal_pixels.shape == (4, 3, 64, 64)
+    images = collate(examples).images
+    assert isinstance(images, PixelPair)
+    assert images.goal.shape == (4, 3, 64, 64)

@@ -19,7 +19,7 @@ from mgie.prompts import (
     question,
 )
 from mgie.tiny.recipe import build_tokenizer
-from mgie.tokens import Control, Tokenizer
+from mgie.tokens import IMAGE_TOKENS, Control, Tokenizer
 
 TOKENIZER = build_tokenizer().with_visual_tokens(8)
 
@@ -38,6 +38,21 @@ def test_question_is_the_published_string() -> None:
 
 def test_data_question_asks_for_a_short_paragraph_after_two_spaces() -> None:
     assert "'make it night'  (in a short paragraph)\n<im_start>" in _render(question("make it night", 1, for_data=True))
+
+
+def test_an_llm_without_eyes_is_asked_the_same_question_without_an_image_block() -> None:
+    assert _render(question("make it night", 0)) == (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+        "and polite answers to the user's questions. USER: what will this image be like if 'make it night' ASSISTANT:"
+    )
+    image_ids = {TOKENIZER.added[token] for token in IMAGE_TOKENS}
+    prompt = encode_answered(TOKENIZER, "write ASSISTANT: <im_start> here", "A wall.", 0)
+    assert not image_ids & set(prompt.ids)
+    assert prompt.ids[: prompt.answer_start] == encode_question(TOKENIZER, "write ASSISTANT: <im_start> here", 0)
+    seen = encode_answered(TOKENIZER, "write ASSISTANT: <im_start> here", "A wall.", 4)
+    assert prompt.ids[prompt.answer_start :] == prompt.labels[prompt.answer_start :] == seen.ids[seen.answer_start :]
+    assert prompt.visual_start == len(prompt.ids) - 9
+    assert set(prompt.labels[: prompt.answer_start]) == {IGNORE}
 
 
 def test_recorded_labels_are_reproduced_where_no_control_text_stands(reference_dir) -> None:  # type: ignore[no-untyped-def]

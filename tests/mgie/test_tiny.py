@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from transformers import CLIPTokenizer
 
 from mgie.checkpoint import CONFIG_FILE, Bundle
+from mgie.editor import Editor
 from mgie.errors import BundleError
 from mgie.tiny import ensure_bundle
 from mgie.tiny.recipe import EMBEDDED, EmbeddedName, build, cache_folder, recipe_hash
@@ -56,6 +59,35 @@ def test_the_tiny_bundle_has_every_part_of_an_editor_and_a_few_million_parameter
     assert 1e6 < num_parameters < 2e7
     assert mgie.num_visual_tokens == 8
     assert mgie.unet.config.in_channels == 8
+
+
+def test_the_tiny_text_editor_edits_by_the_words_alone() -> None:
+    bundle = Bundle(ensure_bundle("tiny-ip2p"))
+    bundle.verify()
+    assert bundle.config.trained is False
+    assert bundle.config.parts == ("text_encoder", "unet", "vae", "scheduler")
+    picture = Image.linear_gradient("L").resize((64, 48)).convert("RGB")
+    editor = Editor.load(bundle, device="cpu")
+    night, winter = (editor.edit(picture, words, seed=1, steps=2) for words in ("make it night", "make it winter"))
+    assert night.image.size == (64, 48)
+    assert night.guidance.condition.shape == (77, 64)
+    assert not torch.allclose(night.guidance.condition, winter.guidance.condition)
+    assert (night.guidance.image_tokens, night.guidance.output_tokens, night.expressive) == (0, 0, "")
+
+
+def test_the_tiny_text_tokenizer_is_a_real_one() -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(ensure_bundle("tiny-ip2p") / "text_encoder", local_files_only=True)
+    words = tokenizer("make it night", split_special_tokens=True)["input_ids"]
+    assert [tokenizer.convert_ids_to_tokens(i) for i in words[1:-1]] == ["make</w>", "it</w>", "night</w>"]
+    assert (words[0], words[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    strange = tokenizer("a ☃ <|endoftext|>", split_special_tokens=True)["input_ids"]
+    assert strange.count(tokenizer.eos_token_id) == 1  # every byte is known, and text never becomes a control token
+
+
+def test_both_tiny_editors_have_the_same_diffusion_model(tiny_bundle: Bundle) -> None:
+    files = Bundle(ensure_bundle("tiny-ip2p")).config.files
+    for name in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
+        assert files[name] == tiny_bundle.config.files[name]
 
 
 def test_the_tiny_summarizer_generates(summarizer_bundle: Bundle) -> None:

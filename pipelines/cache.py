@@ -1,0 +1,266 @@
+#!/usr/bin/env python
+"""Ledger -> caches for training: what the frozen encoders make of each row's images, once. A Ray Data job.
+
+    ray job submit --working-dir . -- python pipelines/cache.py --ledger s3://bucket/ledger --out s3://bucket/cache
+
+Rows are worked on in blocks of `rows_per_shard`. The actor that encodes a block also writes it as a shard, whole or
+not at all, under a name that follows from its rows. The same command continues an interrupted run, and with a ledger
+that has grown, or another one, adds the rows that are not in the cache yet. `mgie/latent_cache.py` has the format.
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.exceptions
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mgie.bundles import open_bundle
+from mgie.errors import ConfigError, DataError, MGIEError
+from mgie.latent_cache import (
+    CacheDtype,
+    CacheKind,
+    CacheSpec,
+    Ids,
+    Shard,
+    cached_ids,
+    finish_cache,
+    list_shards,
+    write_shard,
+)
+from mgie.ledger import images_root, read_ledger, split_rows
+from pipelines.caching import CACHED_SCHEMA, EncodeLatents, FetchSquares, cache_spec
+from pipelines.cluster import StageSize, cause_of, check_cluster, check_shared, start_ray
+from pipelines.lease import hold_lease
+from pipelines.storage import Folder, RunRecord, claim, fingerprint, open_folder
+
+What = Literal["vae", "clip", "both"]
+
+_KINDS: dict[What, tuple[CacheKind, ...]] = {
+    "vae": ("vae_moments",),
+    "clip": ("clip_features",),
+    "both": ("vae_moments", "clip_features"),
+}
+_LARGE_BYTES = 20 << 30
+_WORK = "_work"
+_BLOCKS_PER_FILE = 64  # of rows to do: the task of each block reads such a file
+_FETCH_CPUS = 0.5  # decodes, and waits for storage; an encoder of the same size would do it itself (Ray fuses the two)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """Fills the caches that training reads instead of running the frozen encoders."""
+
+    ledger: str = "out/ledger"
+    "ledger folder, local or s3://"
+    out: str = "out/cache"
+    "folder for the caches, local or s3://"
+    images: str | None = None
+    "where the images lie, if not where the ledger says"
+    endpoint: str | None = None
+    "address of an S3 store that is not Amazon's; default: AWS_ENDPOINT_URL"
+    bundle: str = "tiny"
+    "the bundle that training begins from: embedded name, folder, hub id or s3://bucket/prefix"
+    what: What = "vae"
+    "vae: VAE moments of source and goal; clip: patch features of the source, which are large; or both"
+    image_side_px: int = 0
+    "side of the square training images; 0 = that of the bundle, at most 256"
+    dtype: CacheDtype = "float32"
+    "of the stored numbers; float32 trains exactly as without a cache, float16 halves the size"
+    device: str = "auto"
+    "auto, cpu or cuda"
+    encode: StageSize = field(default_factory=lambda: StageSize(num_cpus=1.0, batch_size=16))
+    "size of the encoding stage"
+    rows_per_shard: int = 128
+    "rows of one block, which is written whole or not at all"
+    yes_large: bool = False
+    "write CLIP features of more than 20 GiB"
+    cluster_grows: bool = False
+    "the cluster adds nodes on demand: do not refuse to start because it is too small now"
+
+    def __post_init__(self) -> None:
+        if self.rows_per_shard < 1:
+            raise ConfigError(f"rows_per_shard is {self.rows_per_shard}; it must be at least 1", param="rows_per_shard")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run did, and what there is now."""
+
+    num_pending: int
+    num_rows: int
+    num_bytes: int
+    out: str
+
+
+def cache(config: CacheConfig, *, console: Console | None = None) -> Outcome:
+    """Runs the job to its end.
+
+    Raises:
+        ConfigError: The output holds caches of another encoder, size or dtype, or has another writer, the features
+            are large, or the cluster is too small.
+        DataError: The ledger cannot be read, or an image of it; the row is named.
+        BundleError: The bundle cannot be used.
+        OSError: A store is in trouble.
+    """
+    console = console or Console(quiet=True)
+    bundle = open_bundle(config.bundle)
+    side_px = config.image_side_px or bundle.config.training_side_px
+    specs = [cache_spec(bundle, kind, image_side_px=side_px, dtype=config.dtype) for kind in _KINDS[config.what]]
+    ledger = open_folder(config.ledger, endpoint=config.endpoint)
+    out = open_folder(config.out, endpoint=config.endpoint)
+    images = open_folder(images_root(ledger.filesystem, ledger.path, moved_to=config.images), endpoint=config.endpoint)
+    _check_sizes(config, specs, _num_rows(ledger), console)
+    # Not the ledger: a row's id says what its images are, so that a cache may serve several.
+    decides = {"caches": [dataclasses.asdict(spec) for spec in specs]}
+    run = RunRecord(job="cache", fingerprint=fingerprint(decides), config=dataclasses.asdict(config) | decides)
+    claim(out, run)
+    console.print("joining or starting Ray, which may take half a minute ...")
+    start_ray()
+    check_cluster({"encode": config.encode}, task_cpus=_FETCH_CPUS, grows=config.cluster_grows)
+    check_shared({"the output folder": out, "the folder of the images": images})
+    with hold_lease(out) as lease:
+        done = functools.reduce(np.intersect1d, [cached_ids(_shards(out, spec).values()) for spec in specs])
+        num_pending = _plan(config, ledger, out, done)
+        console.print(f"{num_pending} rows to encode; caches: {out.url}", soft_wrap=True)
+        if num_pending:
+            bar = Progress(
+                TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+            )
+            with bar:
+                task = bar.add_task("rows", total=num_pending)
+                for num_rows in _stream(config, specs, out, images, num_pending):
+                    bar.update(task, advance=num_rows)
+                    lease.check()
+        stamps = [finish_cache(out.filesystem, out.path, spec, _shards(out, spec)) for spec in specs]
+        out.delete(_WORK)
+        num_bytes = sum(stamp.num_rows * stamp.spec.row_bytes for stamp in stamps)
+        report = {"rows": stamps[0].num_rows, "bytes": num_bytes}
+        dataclasses.replace(run, is_finished=True, report=report).write(out)
+    return Outcome(num_pending, stamps[0].num_rows, num_bytes, out.url)
+
+
+def _num_rows(ledger: Folder) -> int:
+    return sum(len(batch) for batch in read_ledger(ledger.filesystem, ledger.path, columns=["id"]))
+
+
+def _check_sizes(config: CacheConfig, specs: list[CacheSpec], num_rows: int, console: Console) -> None:
+    for spec in specs:
+        num_bytes = num_rows * spec.row_bytes
+        size = f"{num_rows} rows of {spec.row_bytes / 1024:.0f} KiB {spec.dtype} are {num_bytes / 2**30:.2f} GiB"
+        console.print(f"{spec.kind}, {spec.image_side_px} px: {size}", soft_wrap=True)
+        if spec.kind == "clip_features" and num_bytes > _LARGE_BYTES and not config.yes_large:
+            raise ConfigError(
+                f"{spec.kind}: {size}, above {_LARGE_BYTES / 2**30:.0f} GiB; say --yes-large, "
+                "or --what vae: the vision tower is a small share of a training step",
+                param="yes_large",
+            )
+
+
+def _shards(out: Folder, spec: CacheSpec) -> dict[str, Shard]:
+    return list_shards(out.filesystem, out.path, spec)
+
+
+def _plan(config: CacheConfig, ledger: Folder, out: Folder, done: Ids) -> int:
+    """Writes the rows still to do, one row group per block; returns their number."""
+    batches = read_ledger(ledger.filesystem, ledger.path, columns=CACHED_SCHEMA.names)
+    new = (batch.filter(pa.array(~np.isin(batch.column("id").to_numpy(), done))) for batch in batches)
+    out.delete(_WORK)  # of a run that was killed
+    num_rows = 0
+    for number, table in enumerate(split_rows(new, CACHED_SCHEMA, config.rows_per_shard * _BLOCKS_PER_FILE)):
+        if table.num_rows:
+            with out.publish(_pending(number)) as path:
+                pq.write_table(table, path, row_group_size=config.rows_per_shard)
+            num_rows += table.num_rows
+    return num_rows
+
+
+def _pending(file_number: int) -> str:
+    return f"{_WORK}/pending-{file_number:05d}.parquet"
+
+
+def _fetch(block: pa.Table, *, out: Folder, images: Folder, specs: list[CacheSpec]) -> pa.Table:
+    """The rows of a block, as squares of pixels."""
+    [number] = block.column("block").to_pylist()
+    planned = pa.BufferReader(out.read(_pending(number // _BLOCKS_PER_FILE)))
+    return FetchSquares(images, specs)(pq.ParquetFile(planned).read_row_group(number % _BLOCKS_PER_FILE))
+
+
+class _EncodeAndCommit:
+    """Encodes a block and writes its shards; returns its figures."""
+
+    def __init__(self, config: CacheConfig, specs: list[CacheSpec], out: Folder) -> None:
+        self._specs, self._out = specs, out
+        self._encode = EncodeLatents(config.bundle, specs, batch_size=config.encode.batch_size, device=config.device)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        try:
+            figures: dict[str, Any] = {"rows": self._commit(table)}
+        except MGIEError as error:  # of what a worker raises Ray Data would bring back a traceback only
+            figures = {"error": str(error)}
+        return pa.table({"figures": [json.dumps(figures)]})
+
+    def _commit(self, table: pa.Table) -> int:
+        encoded = self._encode(table)
+        ids = encoded.column("id").to_numpy()
+        arrays = {
+            name: encoded.column(name).combine_chunks().flatten().to_numpy().reshape(len(ids), -1)
+            for name in encoded.column_names[1:]
+        }
+        for spec in self._specs:
+            write_shard(self._out.filesystem, self._out.path, spec, ids, arrays)
+        return len(ids)
+
+
+def _stream(
+    config: CacheConfig, specs: list[CacheSpec], out: Folder, images: Folder, num_pending: int
+) -> Iterator[int]:
+    """Runs the blocks; yields the number of rows of each when it is written. Raises DataError for a row at fault."""
+    numbers = range(-(-num_pending // config.rows_per_shard))
+    fetch: Any = partial(_fetch, out=out, images=images, specs=specs)  # Ray's types know no pyarrow tables
+    written = (
+        # Not range(): its read tasks ask for a whole CPU each, which a small cluster may never have free.
+        ray.data.from_items([{"block": number} for number in numbers], override_num_blocks=len(numbers))
+        .map_batches(fetch, batch_size=1, batch_format="pyarrow", num_cpus=_FETCH_CPUS)
+        .map_batches(_EncodeAndCommit, fn_constructor_args=(config, specs, out), **config.encode.pool())
+    )
+    batches: Iterator[Any] = iter(written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+    for batch in batches:
+        for figures in map(json.loads, batch.column("figures").to_pylist()):
+            if "error" in figures:
+                raise DataError(figures["error"])
+            yield figures["rows"]
+
+
+def main() -> int:
+    """Entry point; returns the exit status: 0 done, 1 interrupted by a fault, 2 refused."""
+    console, errors = Console(), Console(stderr=True, style="red", soft_wrap=True, markup=False, highlight=False)
+    try:
+        outcome = cache(tyro.cli(CacheConfig), console=console)
+    except MGIEError as error:
+        errors.print(f"error: {error}")
+        return 2
+    except (OSError, ray.exceptions.RayError) as error:
+        cause = cause_of(error)
+        errors.print(f"error: {type(cause).__name__}: {cause}\nthe same command continues the run")
+        return 1
+    console.print(
+        f"{outcome.num_pending} rows encoded; {outcome.num_rows} rows, {outcome.num_bytes / 2**20:.1f} MiB: {outcome.out}",
+        soft_wrap=True,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
