@@ -356,7 +356,8 @@ def _work(rank: int, world_size: int, meeting: str, folder: Path, results: Any) 
         dist.broadcast_object_list(states, src=0)
         again.restore(states[0])  # type: ignore[arg-type]
         list(again.run(4))
-        found[sharding] = _losses(records), again.state().weights if rank == 0 else {}
+        reached = again.state().weights  # all workers must ask
+        found[sharding] = _losses(records), reached if rank == 0 else {}
     if rank == 0:
         results.put({kind: (losses, {k: v.numpy() for k, v in w.items()}) for kind, (losses, w) in found.items()})
     dist.destroy_process_group()
