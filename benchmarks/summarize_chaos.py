@@ -11,6 +11,7 @@ asserted to have hit a running job. Exits with an error unless nothing is missin
 import argparse
 import contextlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -54,6 +55,7 @@ def faulty_store(share: float) -> Iterator[tuple[str, FaultProxy]]:
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line per request otherwise
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

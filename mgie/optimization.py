@@ -55,7 +55,8 @@ class Optimization:
             [
                 {"params": members, "part": part, "weight_decay": config.weight_decay if is_matrix else 0.0}
                 for (part, is_matrix), members in groups.items()
-            ],
+            ]
+            or [{"params": []}],  # of a model that is only validated
             betas=(config.beta1, config.beta2),
             eps=config.eps,
             fused=True,

@@ -5,6 +5,7 @@ Both average gradients over the workers; callers whose losses are *parts of* a g
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
@@ -51,14 +52,17 @@ class Replicated:
     def __init__(self, model: nn.Module) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         device = next(model.parameters()).device
-        self._ddp = DistributedDataParallel(
-            model,
-            device_ids=[device] if device.type == "cuda" else None,
-            # The frozen weights come from the same bundle everywhere: sending them round would cost minutes at 7B.
-            init_sync=False,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
+        with warnings.catch_warnings():
+            # `broadcast_buffers` gets another name, which older versions of torch do not know.
+            warnings.simplefilter("ignore", FutureWarning)
+            self._ddp = DistributedDataParallel(
+                model,
+                device_ids=[device] if device.type == "cuda" else None,
+                # The frozen weights come from the same bundle everywhere: sending them round would cost minutes at 7B.
+                init_sync=False,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
         self.model: nn.Module = self._ddp
 
     @contextlib.contextmanager
@@ -89,10 +93,16 @@ class Sharded:
             shard.set_requires_gradient_sync(is_last)
         yield
 
+    def drop_gathered(self) -> None:
+        """To be called when weights were changed: a forward pass without a backward one leaves gathered copies."""
+        for shard in self._shards:
+            shard.reshard()
+
 
 def parallelize(model: nn.Module, sharding: Sharding) -> Parallel:
-    """The model on all workers of the process group, if there is one of more than one worker."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    """The model on all workers of the process group, if there is one of more than one worker and something trains."""
+    trains = any(parameter.requires_grad for parameter in model.parameters())
+    if not trains or not dist.is_initialized() or dist.get_world_size() == 1:
         return Alone(model)
     return Replicated(model) if sharding == "ddp" else Sharded(model)
 
