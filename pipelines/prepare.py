@@ -22,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -201,7 +202,10 @@ def _run(
 def _folders(config: PrepareConfig) -> tuple[Folder, Folder]:
     """The raw data set and the folder of the run; draws the sample where that is what is asked for."""
     if config.input != SAMPLE:
-        return open_folder(config.input, endpoint=config.endpoint), open_folder(config.out, endpoint=config.endpoint)
+        source = open_folder(config.input, endpoint=config.endpoint)
+        if source.is_local and not Path(source.path).is_dir():
+            raise ConfigError(f"input is {config.input!r}; there is no such folder", param="input")
+        return source, open_folder(config.out, endpoint=config.endpoint)
     from mgie.tiny.recipe import cache_folder
     from mgie.tiny.sample import write_sample
 

@@ -161,7 +161,7 @@ def summarize(config: SummarizeConfig, *, console: Console | None = None) -> Out
     with hold_lease(out) as lease:
         num_pending = plan(config, manifest, out)
         console.print(
-            f"{num_pending} rows to do; a kill loses at most {config.max_rows_in_flight} rows of work; ledger: {out.url}",
+            f"{num_pending} rows to do; a kill loses at most {min(num_pending, config.max_rows_in_flight)} rows of work; ledger: {out.url}",
             soft_wrap=True,
         )
         started = time.monotonic()

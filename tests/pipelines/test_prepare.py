@@ -270,6 +270,13 @@ def test_the_real_samples_become_a_manifest(sample_photos: Path, tmp_path: Path)
     assert Counter(row["split"] for row in _rows(tmp_path / "out")) == {"train": 2, "test": 2}
 
 
+def test_an_input_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    config = PrepareConfig(input=str(tmp_path / "nothing"), out=str(tmp_path / "out"), layout="ipr2pr")
+    with pytest.raises(ConfigError, match="there is no such folder"):
+        prepare(config)
+    assert not (tmp_path / "out").exists()
+
+
 def test_arguments_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(ConfigError, match="out"):
         PrepareConfig(input="/data")
