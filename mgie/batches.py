@@ -3,6 +3,8 @@
 Knows nothing of models but the shapes they take, nor of how steps use what is prepared.
 """
 
+import itertools
+import math
 import re
 import time
 from collections import deque
@@ -106,18 +108,23 @@ class BatchMaker:
             SampleKey(VALIDATION_EPOCH if is_validation else place.epoch, row.id)
             for place, row in zip(places, rows, strict=True)
         ]
-        looks = self._clip_pixels is not None and self._features is None
-        examples = None
-        if self._moments is None or looks:
-            examples = [self._sources[place.source].read(row) for place, row in zip(places, rows, strict=True)]
+        ids = [row.id for row in rows]
+        of = [self._sources[place.source] for place in places]
+        sources: list[Image.Image] = []
+        if self._moments is not None:
+            images: PixelPair | MomentPair = self._moments.moments(ids)
+            if self._looks:
+                sources = [source.read_source(row) for source, row in zip(of, rows, strict=True)]
+        else:
+            examples = [source.read(row) for source, row in zip(of, rows, strict=True)]
             if self._augment.is_on and not is_validation:
                 examples = [
                     augment(e, self._augment, generator(self._seed, key, "augment"))
                     for e, key in zip(examples, keys, strict=True)
                 ]
-        ids = [row.id for row in rows]
-        words = self._words([(row.instruction, row.expressive) for row in rows], ids, examples)
-        images = self._images(ids, examples)
+            images = pixel_pair(examples, self._side_px)
+            sources = [example.source for example in examples]
+        words = self._words([(row.instruction, row.expressive) for row in rows], ids, sources)
         draws = training_draws(self._seed, keys, latent_shape=self._latent_shape, num_timesteps=self._num_timesteps)
         if is_validation:
             draws = replace(draws, dropout_u=torch.ones(len(rows)))
@@ -129,28 +136,28 @@ class BatchMaker:
             num_tokens=int(words.mask.sum()) if isinstance(words, Conversations) else words.input_ids.numel(),
         )
 
+    @property
+    def _looks(self) -> bool:
+        """Whether the vision tower runs in the step."""
+        return self._clip_pixels is not None and self._features is None
+
     def _words(
-        self, words: Sequence[tuple[str, str]], ids: Sequence[int], examples: Sequence[EditExample] | None
+        self, words: Sequence[tuple[str, str]], ids: Sequence[int], sources: Sequence[Image.Image]
     ) -> Conversations | EncoderWords:
         if isinstance(self._collate, EncoderCollator):
             return self._collate(words)
         if self._features is not None:
             return self._collate(words, features=self._features.features(ids))
-        if self._clip_pixels is None or examples is None:
+        if self._clip_pixels is None:
             return self._collate(words)
-        return self._collate(words, clip_pixels=vision_pixels(examples, self._clip_pixels))
-
-    def _images(self, ids: Sequence[int], examples: Sequence[EditExample] | None) -> PixelPair | MomentPair:
-        if self._moments is None:
-            return pixel_pair(examples or [], self._side_px)
-        return self._moments.moments(ids)
+        return self._collate(words, clip_pixels=vision_pixels(sources, self._clip_pixels))
 
 
 class StepLoader:
     """One worker's share of every step, prepared ahead by threads.
 
-    A step's samples are sorted by the length of their words and dealt out to the workers in turn, then cut into
-    micro-batches: each holds rows of similar length, and the workers have equal work.
+    A step's samples are sorted by the length of their words and dealt out to the workers in turn, then cut into as few
+    micro-batches as their size allows, of equal size: each holds rows of similar length, and the workers have equal work.
 
     Args:
         ahead: Micro-batches that are prepared before they are asked for.
@@ -174,6 +181,8 @@ class StepLoader:
             )
         self._maker, self._order, self._global_batch, self._micro_batch = maker, order, global_batch, micro_batch
         self._rank, self._world_size, self._num_threads, self._ahead = rank, world_size, num_threads, ahead
+        # The same for all workers, though some may have a sample less.
+        self._num_parts = math.ceil(math.ceil(global_batch / world_size) / micro_batch)
 
     def places(self, step: int) -> list[list[Place]]:
         """This worker's micro-batches of a step."""
@@ -181,7 +190,14 @@ class StepLoader:
         places = [self._order[index] for index in range(first, first + self._global_batch)]
         places.sort(key=self._length)  # stable
         own = places[self._rank :: self._world_size]
-        return [own[i : i + self._micro_batch] for i in range(0, len(own), self._micro_batch)]
+        parts = min(self._num_parts, len(own))
+        edges = [len(own) * part // parts for part in range(parts + 1)]
+        return [own[start:end] for start, end in itertools.pairwise(edges)]
+
+    @property
+    def is_even(self) -> bool:
+        """Whether every worker has as many micro-batches as every other."""
+        return self._num_parts <= self._global_batch // self._world_size
 
     def _length(self, place: Place) -> int:
         row = self._maker.row(place)

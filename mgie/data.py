@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from mgie.errors import DataError
-from mgie.generation import pad
+from mgie.generation import pad, select_start
 from mgie.images import PUBLISHED_SIDE_PX, ClipPixels, to_signed, training_pixels
-from mgie.model import Conversations, EncoderWords, PixelPair, training_state_start
+from mgie.model import Conversations, EncoderWords, PixelPair
 from mgie.prompts import IGNORE, encode_answered
 from mgie.tokens import Tokenizer
 
@@ -50,9 +50,9 @@ def pixel_pair(examples: Sequence[EditExample], side_px: int) -> PixelPair:
     )
 
 
-def vision_pixels(examples: Sequence[EditExample], clip_pixels: ClipPixels) -> Float[Tensor, "B 3 S S"]:
+def vision_pixels(sources: Sequence[Image.Image], clip_pixels: ClipPixels) -> Float[Tensor, "B 3 S S"]:
     """Source images as the vision tower is trained on them."""
-    return clip_pixels([training_pixels(e.source, PUBLISHED_SIDE_PX) for e in examples])
+    return clip_pixels([training_pixels(source, PUBLISHED_SIDE_PX) for source in sources])
 
 
 class ConversationCollator:
@@ -87,7 +87,8 @@ class ConversationCollator:
         ids, mask = pad([row.ids for row in rows], self._tokenizer.pad_id)
         labels, _ = pad([row.labels for row in rows], IGNORE)
         num_visual = len(self._tokenizer.visual_ids)
-        starts = [training_state_start(len(row.ids), row.visual_start, num_visual) for row in rows]
+        # Padding not counted: the published code counts it, so a short row without `[IMG0]` would take its states.
+        starts = [select_start(len(row.ids), row.visual_start, num_visual) for row in rows]
         # Position t is scored on label t + 1. The last column predicts nothing.
         is_label = torch.nn.functional.pad(labels[:, 1:] != IGNORE, (0, 1)).flatten()
         return Conversations(

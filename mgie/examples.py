@@ -16,12 +16,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
 
 from mgie.data import EditExample
 from mgie.errors import DataError, ImageError
 from mgie.images import read_image
+from mgie.stores import is_absent
 
-COLUMNS = ("id", "dataset", "split", "source", "goal", "instruction", "expressive")  # of a ledger
+COLUMNS = ("id", "dataset", "split", "session", "source", "goal", "instruction", "expressive")  # of a ledger
 TRAIN_FILE, VALIDATION_FILE = "train.arrow", "validation.arrow"
 _SCHEMA = pa.schema(
     [
@@ -65,7 +68,7 @@ def freeze_examples(
     """Writes the rows of a ledger to `folder`: `train.arrow` and `validation.arrow`.
 
     Rows of split `val` validate, those of `test` are left out. Where there are none of `val`, a share of the
-    training *photos* validates, with all their rows: by hash, so that the same photo always does.
+    training *photos* (or sessions) validates, with all their rows: by hash, so that the same photo always does.
 
     Args:
         batches: With `COLUMNS`.
@@ -74,40 +77,40 @@ def freeze_examples(
     Raises:
         DataError: A row lacks words, or no row is left to train on.
     """
-    rows = [row for batch in batches for row in batch.select(COLUMNS).to_pylist() if row["split"] != "test"]
-    needed = ("instruction", "expressive") if needs_expressive else ("instruction",)
-    for column in needed:
-        without = [row["id"] for row in rows if not (row[column] or "").strip()]
-        if without:
+    table = pa.Table.from_batches([batch.select(COLUMNS) for batch in batches])
+    table = table.filter(pc.not_equal(table["split"], "test"))
+    for column in ("instruction", "expressive") if needs_expressive else ("instruction",):
+        is_blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(table[column]), ""), fill_value=True)
+        if without := table["id"].filter(is_blank).to_pylist():
             ids = ", ".join(map(str, without[:_SHOWN]))
             raise DataError(
-                f"{len(without)} of {len(rows)} rows have no {column} (ids {ids}{', ...' * (len(without) > _SHOWN)}); "
+                f"{len(without)} of {len(table)} rows have no {column} (ids {ids}{', ...' * (len(without) > _SHOWN)}); "
                 "complete the ledger with pipelines/summarize.py --retry-failed"
             )
-    has_own = any(row["split"] == "val" for row in rows)
-    validates = [row["split"] == "val" if has_own else _share_of(row["source"]) < validation_share for row in rows]
-    train = [row for row, is_out in zip(rows, validates, strict=True) if not is_out]
-    validation = [row for row, is_out in zip(rows, validates, strict=True) if is_out]
-    if not train:
-        raise DataError(f"no row is left to train on: of {len(rows)} rows {len(validation)} validate")
+    validates = pc.equal(table["split"], "val")
+    if not pc.any(validates).as_py():
+        # The turns of a session are edits of one photo.
+        photos = pc.coalesce(table["session"], table["source"]).to_pylist()
+        validates = pa.chunked_array([[_share_of(photo) < validation_share for photo in photos]], pa.bool_())
+    place = table.schema.get_field_index("expressive")
+    table = table.set_column(place, "expressive", pc.fill_null(table["expressive"], ""))
+    train, validation = table.filter(pc.invert(validates)), table.filter(validates)
+    if not len(train):
+        raise DataError(f"no row is left to train on: of {len(table)} rows {len(validation)} validate")
     digest = hashlib.sha256()
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in ((TRAIN_FILE, train), (VALIDATION_FILE, validation)):
         with ExitStack() as stack:
             sink = stack.enter_context(pa.OSFile(str(folder / name), "wb"))
             writer = stack.enter_context(pa.ipc.new_file(sink, _SCHEMA))
-            for start in range(0, len(part), _BATCH_ROWS):
-                batch = pa.RecordBatch.from_pylist(
-                    [{**row, "expressive": row["expressive"] or ""} for row in part[start : start + _BATCH_ROWS]],
-                    schema=_SCHEMA,
-                )
+            for batch in part.select(_SCHEMA.names).cast(_SCHEMA).combine_chunks().to_batches(_BATCH_ROWS):
                 digest.update(repr(batch.to_pydict()).encode())
                 writer.write_batch(batch)
     return ExampleCounts(
         num_train=len(train),
         num_validation=len(validation),
         fingerprint=digest.hexdigest()[:16],
-        datasets=tuple(sorted({row["dataset"] for row in rows})),
+        datasets=tuple(sorted(pc.unique(table["dataset"]).to_pylist())),
     )
 
 
@@ -146,15 +149,23 @@ class Examples:
         """The row with its images.
 
         Raises:
-            DataError: An image cannot be read; names the row.
+            DataError: An image is missing or damaged; names the row.
+            OSError: The store is in trouble.
         """
-        images = {}
-        for name, uri in (("source", row.source), ("goal", row.goal)):
-            try:
-                images[name] = read_image(self._read_bytes(uri))
-            except (OSError, ImageError) as error:
-                raise DataError(f"{name} image {uri} of row {row.id} cannot be read: {error}") from error
-        return EditExample(**images, instruction=row.instruction, expressive=row.expressive)
+        source, goal = self.read_source(row), self._image("goal", row.goal, row)
+        return EditExample(source=source, goal=goal, instruction=row.instruction, expressive=row.expressive)
+
+    def read_source(self, row: ExampleRow) -> Image.Image:
+        """The row's source image alone. Raises as `read`."""
+        return self._image("source", row.source, row)
+
+    def _image(self, name: str, uri: str, row: ExampleRow) -> Image.Image:
+        try:
+            return read_image(self._read_bytes(uri))
+        except (OSError, ImageError) as error:
+            if isinstance(error, OSError) and not is_absent(error):
+                raise
+            raise DataError(f"{name} image {uri} of row {row.id} cannot be read: {error}") from error
 
 
 def _share_of(photo: str) -> float:

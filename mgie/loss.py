@@ -1,6 +1,6 @@
 """Language loss, diffusion loss, condition dropout, and their weights.
 
-`loss = L_ins + 0.5 * L_edit`. Knows nothing of models: takes predictions and draws. Every mean can be taken over a
+`loss = L_ins + weight * L_edit`. Knows nothing of models: takes predictions and draws. Every mean can be taken over a
 larger batch than the one given (`num_...`), so that the parts of a batch, on one device after another or on many at
 once, sum to what the whole gives.
 
@@ -12,10 +12,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-
-EDIT_LOSS_WEIGHT = 0.5
-# Dropout of conditions, one uniform u per sample (source: InstructPix2Pix, section 3.2.1), with p = 0.05:
-CONDITION_DROPOUT = 0.05  # u < 2p -> null text condition; p <= u < 3p -> image latents zeroed
 
 
 @dataclass(frozen=True)
@@ -79,13 +75,15 @@ def drop_conditions(
     image_latents: Float[Tensor, "B c h w"],
     u: Float[Tensor, " B"],
     *,
-    share: float = CONDITION_DROPOUT,
+    share: float,
 ) -> tuple[Float[Tensor, "B Q C"], Float[Tensor, "B c h w"]]:
-    """Condition and image latents with classifier-free dropout applied.
+    """Condition and image latents with classifier-free dropout applied: text below 2p, image from p to below 3p.
+
+    Source: Brooks et al., CVPR 2023, section 3.2.1, with p = 0.05.
 
     Args:
         u: Uniform draws in [0, 1), one per sample; 1 keeps everything.
-        share: Of the samples that lose the text, that lose the image, and that lose both: each.
+        share: p, of the samples that lose the text, that lose the image, and that lose both: each.
     """
     drop_text = u < 2 * share
     drop_image = (u >= share) & (u < 3 * share)
@@ -94,9 +92,7 @@ def drop_conditions(
     return condition, image_latents
 
 
-def combine(
-    instruction: Float[Tensor, ""], edit: Float[Tensor, ""], *, edit_weight: float = EDIT_LOSS_WEIGHT
-) -> Losses:
+def combine(instruction: Float[Tensor, ""], edit: Float[Tensor, ""], *, edit_weight: float) -> Losses:
     """`total = instruction + edit_weight * edit`."""
     return Losses(total=instruction + edit_weight * edit, instruction=instruction, edit=edit)
 

@@ -121,15 +121,17 @@ class MLLM(nn.Module):
         """
         embeddings: Tensor = self.llm.model.embed_tokens(input_ids)
         places = input_ids == self.im_patch_id
-        # Counted on the host ids only when they are there: no device synchronisation inside a training step.
-        num_patches = 0 if features is None else features.shape[1]
-        if input_ids.device.type == "cpu" and not bool((places.sum(1) == num_patches).all()):
-            raise ValueError(f"rows hold {places.sum(1).tolist()} image placeholders; each needs {num_patches}")
+        self._check_placeholders(places, 0 if features is None else features.shape[1])
         # In training the embeddings may be of higher precision than the frozen blocks that read them.
         embeddings = embeddings.to(self.llm.model.norm.weight.dtype)
         if features is None:
             return embeddings
         return embeddings.masked_scatter(places[..., None], features.to(embeddings.dtype))
+
+    def _check_placeholders(self, places: Bool[Tensor, "B T"], num_patches: int) -> None:
+        # On the host only: no device is waited for inside a training step.
+        if places.device.type == "cpu" and not bool((places.sum(1) == num_patches).all()):
+            raise ValueError(f"rows hold {places.sum(1).tolist()} image placeholders; each needs {num_patches}")
 
     def forward(
         self,
@@ -148,7 +150,9 @@ class MLLM(nn.Module):
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -embeddings.shape[1] :]
         out = self.llm.model(
             inputs_embeds=embeddings,
-            attention_mask=mask.long(),
+            # Ready-made where there is no cache, as in training: transformers asks the device whether a mask of real
+            # tokens is needed at all, and so waits for it.
+            attention_mask=mask.long() if cache is not None else _causal_mask(mask),
             position_ids=positions,
             past_key_values=cache,
             use_cache=cache is not None,
@@ -160,3 +164,11 @@ class MLLM(nn.Module):
         """Scores of the next token."""
         scores: Tensor = self.llm.lm_head(hidden)
         return scores
+
+
+def _causal_mask(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B 1 T T"]:
+    """Who sees whom: earlier real tokens and oneself. Padding sees itself, for it must see something."""
+    num_tokens = mask.shape[1]
+    earlier = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=mask.device).tril()
+    oneself = torch.eye(num_tokens, dtype=torch.bool, device=mask.device)
+    return (mask[:, None, None, :] & earlier) | oneself

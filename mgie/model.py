@@ -20,7 +20,7 @@ from transformers import CLIPTextModel
 from mgie.config import ObjectiveConfig
 from mgie.diffusion import LatentCodec, NoiseSchedule, UNetDenoiser
 from mgie.edit_head import EditHead
-from mgie.generation import gather_states, select_start
+from mgie.generation import gather_states
 from mgie.loss import Losses, combine, diffusion_loss, drop_conditions, language_loss, min_snr_weights
 from mgie.mllm import MLLM
 
@@ -41,7 +41,7 @@ class Conversations:
     label_ids: Int[Tensor, " L"]
     "the label tokens"
     state_starts: Int[Tensor, " B"]
-    "first of the N states for the edit head, see `training_state_start`"
+    "first of the N states for the edit head, see `generation.select_start`"
     clip_pixels: Float[Tensor, "B 3 S S"] | None = None
     "CLIP-normalised; None for an LLM without eyes, or with `features`"
     features: Float[Tensor, "B P d"] | None = None
@@ -259,11 +259,3 @@ class InstructPix2Pix(DiffusionHalf):
             states: Any = self.text_encoder(input_ids=ids).last_hidden_state
         edit = self.edit_loss(batch.images, draws, states[:-1], states[-1:], num_samples)
         return combine(torch.zeros_like(edit), edit, edit_weight=1.0)
-
-
-def training_state_start(num_tokens: int, visual_start: int | None, num_visual_tokens: int) -> int:
-    """First state for the edit head in a teacher-forced row of `num_tokens` tokens, padding not counted.
-
-    The published code counts padding, so a short row without `[IMG0]` would take states of padding.
-    """
-    return select_start(num_tokens, visual_start, num_visual_tokens)

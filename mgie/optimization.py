@@ -74,28 +74,32 @@ class Optimization:
         factor = learning_rate_factor(step, self._num_steps, self._config.warmup)
         return {part: self._peaks[part] * factor for part in sorted({g["part"] for g in self._adam.param_groups})}
 
-    def update(self, step: int, loss: Float[Tensor, ""]) -> UpdateResult:
-        """One step with the gradients that have been accumulated; they are gone afterwards.
+    def update(self, step: int, loss: Float[Tensor, ""], *, gradient_scale: int = 1) -> UpdateResult:
+        """One step with the gradients that have been accumulated; they are 0 afterwards.
 
-        Changes nothing where `loss` or the gradients are not finite.
+        Changes no weight and no moment where `loss` or the gradients are not finite.
 
         Args:
             step: From 0. loss: Of the whole global batch.
+            gradient_scale: What the gradients are to be multiplied by: the number of workers, over which they were
+                averaged though their losses are parts of a sum.
         """
         parameters = list(self._parameters.values())
         gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = _full(torch.nn.utils.get_total_norm(gradients))
+        norm = _full(torch.nn.utils.get_total_norm(gradients)) * gradient_scale
         is_finite = (torch.isfinite(norm) & torch.isfinite(loss)).float()
+        factor = torch.full_like(norm, gradient_scale)
         if self._config.max_grad_norm:
-            factor = (self._config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(gradients, factor)  # as torch's own clipping does
+            factor = factor * (self._config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, factor)  # as torch's own clipping does
         rates = self.learning_rates(step)
         for group in self._adam.param_groups:
             group["lr"] = rates[group["part"]]
         # How gradient scalers tell a fused optimiser to leave everything as it is, without asking the device.
         self._adam.found_inf = 1 - is_finite  # type: ignore[attr-defined]
         self._adam.step()
-        self._adam.zero_grad(set_to_none=True)
+        # Kept: they are views of DDP's buckets, which would otherwise be there twice.
+        self._adam.zero_grad(set_to_none=False)
         if self.average:
             # Rises to the full decay, so that the average does not remember the beginning for long.
             decay = min(self._config.ema_decay, (1 + step) / (10 + step))
@@ -104,22 +108,27 @@ class Optimization:
 
     # ---- state by name, as whole tensors on the CPU
 
-    def weights(self) -> dict[str, Tensor]:
-        """The trained weights."""
-        return {name: _on_cpu(p) for name, p in self._parameters.items()}
+    def weights(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """The trained weights.
 
-    def average_weights(self) -> dict[str, Tensor]:
-        """Their moving average; empty where none is kept."""
-        return {name: _on_cpu(p) for name, p in self.average.items()}
+        Args:
+            keep: False on workers that only help to put sharded tensors together: they get nothing.
+        """
+        return _taken(self._parameters, keep=keep)
 
-    def moments(self) -> dict[str, Tensor]:
-        """The optimiser's state: `exp_avg.<name>`, `exp_avg_sq.<name>`, `step.<name>`."""
-        return {
-            f"{kind}.{name}": _on_cpu(self._adam.state[p][kind])
+    def average_weights(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """Their moving average; empty where none is kept. `keep` as in `weights`."""
+        return _taken(self.average, keep=keep)
+
+    def moments(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """The optimiser's state: `exp_avg.<name>`, `exp_avg_sq.<name>`, `step.<name>`. `keep` as in `weights`."""
+        state = {
+            f"{kind}.{name}": self._adam.state[p][kind]
             for name, p in self._parameters.items()
             for kind in _MOMENTS
             if self._adam.state[p]
         }
+        return _taken(state, keep=keep)
 
     @torch.no_grad()
     def restore(
@@ -166,11 +175,14 @@ def _full(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def _on_cpu(value: Tensor) -> Tensor:
-    return _full(value.detach()).to("cpu", copy=True)
+def _taken(values: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Whole copies on the CPU, one after the other."""
+    whole = ((name, _full(value.detach())) for name, value in values.items())
+    return {name: value.to("cpu", copy=True) for name, value in whole if keep}
 
 
 def _like(value: Tensor, model: Tensor) -> Tensor:
-    """`value` with device, dtype and sharding of `model`."""
-    value = value.to(model.device, model.dtype)
-    return distribute_tensor(value, model.device_mesh, model.placements) if isinstance(model, DTensor) else value
+    """`value` with device, dtype, sharding and memory layout of `model`: fused kernels pair elements by memory."""
+    if isinstance(model, DTensor):
+        return distribute_tensor(value.to(model.device, model.dtype), model.device_mesh, model.placements)
+    return torch.empty_like(model).copy_(value)

@@ -71,24 +71,27 @@ class MixedOrder:
 
     Args:
         num_rows: Of each ledger.
-        weights: Relative shares of the samples; None = all rows of all ledgers alike often (by size).
+        weights: Relative shares of the samples; None = the ledgers are one: all rows alike often.
     """
 
     def __init__(self, num_rows: Sequence[int], *, seed: int, weights: Sequence[float] | None = None) -> None:
-        self._weights = [float(count) for count in num_rows] if weights is None else list(weights)
-        if len(self._weights) != len(num_rows) or min(self._weights, default=0) <= 0:
-            raise ConfigError(
-                f"weights are {self._weights}; each of {len(num_rows)} ledgers needs one above 0", param="weights"
-            )
+        self._ends = np.cumsum(num_rows)
+        self._one = EpochOrder(int(self._ends[-1]), seed=seed) if weights is None else None
         self._orders = [EpochOrder(count, seed=seed, key=key) for key, count in enumerate(num_rows)]
+        if weights is not None and (len(weights) != len(num_rows) or min(weights) <= 0):
+            raise ConfigError(
+                f"weights are {list(weights)}; each of {len(num_rows)} ledgers needs one above 0", param="weights"
+            )
         self._seed = seed
-        self._counts = _shares(self._weights)
+        self._counts = _shares(weights or [1.0])
         self._slots = lru_cache(maxsize=2)(self._cycle_slots)
 
     def __getitem__(self, index: int) -> Place:
         """The sample with this global index, from 0."""
-        if len(self._orders) == 1:
-            return Place(0, *self._orders[0][index])
+        if self._one is not None:
+            epoch, row = self._one[index]
+            source = int(np.searchsorted(self._ends, row, side="right"))
+            return Place(source, epoch, row - (int(self._ends[source - 1]) if source else 0))
         cycle, slot = divmod(index, _CYCLE)
         slots, before = self._slots(cycle)
         source = int(slots[slot])

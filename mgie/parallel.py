@@ -1,6 +1,6 @@
 """One model on several workers: replicated (DDP) or with its trained weights sharded (fully_shard).
 
-Both average gradients over the workers; callers whose losses are *parts of* a global mean multiply them by
+Both average gradients over the workers; callers whose losses are *parts of* a global mean multiply the gradients by
 `world_size`. Without a process group there is one worker, and nothing is wrapped. Knows nothing of batches.
 """
 
@@ -62,6 +62,9 @@ class Replicated:
                 init_sync=False,
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
+                # Only to keep DDP from regrouping gradients after the first step: gloo's sums depend on the groups, so a
+                # resumed run would round its first step otherwise than the undisturbed one. On GPUs speed comes first.
+                find_unused_parameters=device.type == "cpu",
             )
         self.model: nn.Module = self._ddp
 

@@ -319,7 +319,7 @@ class _Comparison:
         ]
         collate = ConversationCollator(self.tokenizer, num_patches=self.num_patches, max_length=max_length)
         words = [(example.instruction, example.expressive) for example in examples]
-        clip_pixels = vision_pixels(examples, self.clip_pixels)
+        clip_pixels = vision_pixels([example.source for example in examples], self.clip_pixels)
         return collate(words, clip_pixels=clip_pixels), pixel_pair(examples, self.side_px)
 
     def _draws(self, dropout_u: Tensor) -> TrainingDraws:

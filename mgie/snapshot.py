@@ -183,11 +183,6 @@ def parse_snapshot(content: bytes, folder: Path) -> Snapshot:
         raise DataError(f"{folder}/{SNAPSHOT_FILE} cannot be used: {type(error).__name__} {error}") from error
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether `folder` holds a snapshot with all its files in full (their content is not read)."""
-    return newest([folder]) is not None
-
-
 def newest(folders: Iterable[Path]) -> Snapshot | None:
     """The complete snapshot of most steps; None where there is none."""
     found = []

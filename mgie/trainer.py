@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mgie.batches import MicroBatch, StepLoader, StepWork
 from mgie.config import ComputeDtype, TrainingConfig
 from mgie.data import to_device
-from mgie.errors import TrainingError
+from mgie.errors import ConfigError, TrainingError
 from mgie.loss import Losses
 from mgie.model import DiffusionHalf
 from mgie.optimization import Optimization
@@ -62,7 +62,7 @@ class StepRecord:
     memory_bytes: int
     "most that was ever in use: of the GPU, else of this process"
     flops_utilisation: float | None
-    "share of the device's peak, of bfloat16; None where the peak is not known"
+    "operations of the first step, recomputed ones included, at this step's speed: share of the device's bfloat16 peak"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +88,7 @@ class _Pending:
     work: StepWork
     rates: Mapping[str, float]
     num_tokens: Tensor
-    seconds: float
-    event: Any = None
+    event: Any
 
 
 class Trainer:
@@ -99,6 +98,9 @@ class Trainer:
         model: On its device, with the right parts frozen.
         loader: This worker's share of the steps.
         on_step: Told each step, in order, soon after it.
+
+    Raises:
+        ConfigError: Sharded weights, and the workers have different numbers of micro-batches.
     """
 
     def __init__(
@@ -112,6 +114,12 @@ class Trainer:
         model.train()
         self.model = model
         self.parallel: Parallel = parallelize(model, config.sharding)
+        if isinstance(self.parallel, Sharded) and not loader.is_even:
+            raise ConfigError(
+                f"global_batch is {config.global_batch}; with sharded weights its micro-batches of {config.micro_batch} "
+                f"must be dealt out evenly to {self.parallel.world_size} workers",
+                param="global_batch",
+            )
         self.optimization = Optimization(model, config.optimizer, num_steps=config.steps)
         self._config, self._loader, self._on_step = config, loader, on_step
         self._device = model.codec.vae.device
@@ -120,6 +128,7 @@ class Trainer:
         self.step = 0
         "steps done"
         self._num_skipped = self._num_skipped_in_row = 0
+        self._told_at = time.perf_counter()
 
     def run(self, until: int) -> Iterator[int]:
         """Trains up to `until` steps done; yields after each, when it may be validated or saved.
@@ -128,18 +137,17 @@ class Trainer:
             TrainingError: Too many steps in a row were not finite.
             DataError: A row cannot be read.
         """
-        ended = time.perf_counter()
+        self._told_at = time.perf_counter()
         for work in self._loader.steps(self.step, until):
-            self._train(work, ended)
-            ended = time.perf_counter()
+            self._train(work)
             # One step is left on a GPU, so that reading its numbers does not wait for it.
             self._tell(keep=1 if self._device.type == "cuda" else 0)
+            yielded_at = time.perf_counter()
             yield self.step
-            # What the caller did meanwhile belongs to no step.
-            ended = max(ended, time.perf_counter())
+            self._told_at += time.perf_counter() - yielded_at  # what the caller did meanwhile belongs to no step
         self._tell(keep=0)
 
-    def _train(self, work: StepWork, since: float) -> None:
+    def _train(self, work: StepWork) -> None:
         counts = torch.tensor(
             [sum(m.num_label_tokens for m in work.micro_batches), sum(m.num_tokens for m in work.micro_batches)]
         )
@@ -154,7 +162,8 @@ class Trainer:
                 num_samples=self._config.global_batch,
             )
         instruction, edit, total = add_up(sums)
-        result = self.optimization.update(work.step, total)
+        # Scaled here and not in the loss, so that no rounding of the backward pass depends on the number of workers.
+        result = self.optimization.update(work.step, total, gradient_scale=self.parallel.world_size)
         values = torch.stack([instruction, edit, total, *(v.to(total) for v in (result.grad_norm, result.is_finite))])
         event = None
         if self._device.type == "cuda":
@@ -172,7 +181,6 @@ class Trainer:
                 work=work,
                 rates=self.optimization.learning_rates(work.step),
                 num_tokens=counts[1],
-                seconds=time.perf_counter() - since,
                 event=event,
             )
         )
@@ -185,6 +193,9 @@ class Trainer:
             if pending.event is not None:
                 pending.event.synchronize()
             instruction, edit, total, norm, is_finite = pending.losses.tolist()
+            # From one step's numbers to the next one's: on a GPU the host's own time says nothing.
+            now = time.perf_counter()
+            seconds, self._told_at = now - self._told_at, now
             self._on_step(
                 StepRecord(
                     step=pending.step + 1,
@@ -194,12 +205,12 @@ class Trainer:
                     grad_norm=norm,
                     is_finite=bool(is_finite),
                     learning_rates=pending.rates,
-                    samples_per_s=self._config.global_batch / pending.seconds,
-                    tokens_per_s=int(pending.num_tokens) / pending.seconds,
-                    wait_share=pending.work.wait_s / pending.seconds,
-                    step_s=pending.seconds,
+                    samples_per_s=self._config.global_batch / seconds,
+                    tokens_per_s=int(pending.num_tokens) / seconds,
+                    wait_share=min(1.0, pending.work.wait_s / seconds),
+                    step_s=seconds,
                     memory_bytes=memory_bytes(self._device),
-                    flops_utilisation=self._utilisation(pending.seconds),
+                    flops_utilisation=self._utilisation(seconds),
                 )
             )
             self._judge(pending, is_finite=bool(is_finite))
@@ -288,6 +299,8 @@ class Trainer:
             kept = average.clone()
             average.copy_(parameter)
             parameter.copy_(kept)
+        if isinstance(self.parallel, Sharded):
+            self.parallel.drop_gathered()
 
     # ---- state
 
@@ -297,9 +310,13 @@ class Trainer:
         state = TrainerState(step=self.step, num_skipped=self._num_skipped, num_skipped_in_row=self._num_skipped_in_row)
         if self.parallel.rank and not isinstance(self.parallel, Sharded):
             return state
-        optimization = self.optimization
-        weights, average, moments = optimization.weights(), optimization.average_weights(), optimization.moments()
-        return dataclasses.replace(state, weights=weights, average=average, moments=moments)
+        optimization, is_first = self.optimization, self.parallel.rank == 0
+        return dataclasses.replace(
+            state,
+            weights=optimization.weights(keep=is_first),
+            average=optimization.average_weights(keep=is_first),
+            moments=optimization.moments(keep=is_first),
+        )
 
     def restore(self, state: TrainerState) -> None:
         """Goes on from there.
@@ -321,7 +338,7 @@ def accumulate_gradients(
     num_label_tokens: Tensor | int,
     num_samples: int,
 ) -> tuple[Float[Tensor, "3"], Float[Tensor, " M"]]:
-    """Adds a step's gradients to the parameters, exchanged between the workers with the last micro-batch.
+    """Adds a step's gradients to the parameters; with the last micro-batch they become the workers' mean.
 
     Args:
         num_label_tokens, num_samples: Of the global batch: what the losses are means over.
@@ -337,8 +354,7 @@ def accumulate_gradients(
                 losses: Losses = parallel.model(
                     batch, draws, num_label_tokens=num_label_tokens, num_samples=num_samples
                 )
-            # The exchange is a mean over the workers; these losses are parts of a sum.
-            (losses.total * parallel.world_size).backward()
+            losses.total.backward()
         parts.append(torch.stack([losses.instruction, losses.edit, losses.total]).detach())
     stacked = torch.stack(parts)
     return stacked.sum(0), torch.isfinite(stacked[:, 2]).to(stacked.dtype)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
+import torch._dynamo
 from torch import nn
 
 from mgie.batches import BatchMaker
@@ -98,7 +100,11 @@ def load_training_model(bundle: Bundle, config: TrainingConfig, *, device: str =
     if config.gradient_checkpointing:
         _recompute_blocks(model)
     if config.compile:
-        for block in _blocks(model):
+        parts = _blocks(model)
+        # Blocks of one class share their code, and each size of block is compiled anew: past the limit they would
+        # stay as they are, with no more than a warning.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(parts))  # noqa: SLF001
+        for block in parts:
             block.compile()
     latent_side = side_px // model.codec.downsampling
     if side_px % model.codec.downsampling:
@@ -128,14 +134,13 @@ def open_caches(
         folder = folder_of(kind)
         if folder is None:
             continue
-        for source in sources:
-            caches[kind] = LatentCache.open(
-                folder,
-                kind=kind,
-                encoder=encoder_identity(bundle, kind),
-                image_side_px=side_px if kind == "vae_moments" else PUBLISHED_SIDE_PX,
-                ids=source.ids,
-            )
+        caches[kind] = LatentCache.open(
+            folder,
+            kind=kind,
+            encoder=encoder_identity(bundle, kind),
+            image_side_px=side_px if kind == "vae_moments" else PUBLISHED_SIDE_PX,
+            ids=np.concatenate([source.ids for source in sources]),
+        )
     return caches
 
 

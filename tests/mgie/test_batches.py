@@ -36,6 +36,32 @@ def _loader(maker: BatchMaker, *, rank: int = 0, world_size: int = 1, micro_batc
     )
 
 
+@pytest.mark.parametrize(
+    ("global_batch", "micro_batch", "world_size", "is_even"),
+    [(9, 4, 2, True), (32, 5, 3, True), (10, 3, 4, True), (9, 1, 2, False), (8, 1, 2, True)],
+)
+def test_workers_have_equal_numbers_of_micro_batches_wherever_that_can_be(
+    maker: BatchMaker, global_batch: int, micro_batch: int, world_size: int, is_even: bool
+) -> None:
+    """Sharded weights are put together for every micro-batch: a worker with one more would wait for ever."""
+    loaders = [
+        StepLoader(
+            maker,
+            MixedOrder([20], seed=1),
+            global_batch=global_batch,
+            micro_batch=micro_batch,
+            rank=rank,
+            world_size=world_size,
+        )
+        for rank in range(world_size)
+    ]
+    parts = [loader.places(0) for loader in loaders]
+    assert {loader.is_even for loader in loaders} == {is_even}
+    assert (len({len(own) for own in parts}) == 1) == is_even
+    assert all(0 < len(part) <= micro_batch for own in parts for part in own)
+    assert sum(len(part) for own in parts for part in own) == global_batch
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_the_workers_shares_are_the_steps_samples(maker: BatchMaker, world_size: int) -> None:
     order = MixedOrder([20], seed=1)
@@ -52,7 +78,7 @@ def test_the_workers_shares_are_the_steps_samples(maker: BatchMaker, world_size:
 
 def test_micro_batches_hold_rows_of_similar_length(maker: BatchMaker) -> None:
     parts = _loader(maker).places(0)
-    assert [len(part) for part in parts] == [3, 3, 3, 1]
+    assert [len(part) for part in parts] == [2, 3, 2, 3]
     lengths = [len(maker.row(p).instruction + maker.row(p).expressive) for part in parts for p in part]
     assert lengths == sorted(lengths)
 

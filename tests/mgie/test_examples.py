@@ -9,6 +9,7 @@ from PIL import Image
 
 from mgie.errors import DataError
 from mgie.examples import TRAIN_FILE, VALIDATION_FILE, ExampleCounts, Examples, freeze_examples
+from mgie.ledger import LEDGER_SCHEMA
 from tests.mgie.training_rows import draw_rows, encode_png, open_rows
 
 
@@ -17,6 +18,7 @@ def _row(i: int, **fields: Any) -> dict[str, Any]:
         "id": i,
         "dataset": "drawn",
         "split": "train",
+        "session": None,
         "source": f"{i // 2}.png",  # two requests per photo
         "goal": f"goal-{i}.png",
         "instruction": f"make it {i}",
@@ -25,7 +27,7 @@ def _row(i: int, **fields: Any) -> dict[str, Any]:
 
 
 def _freeze(rows: list[dict[str, Any]], folder: Path, *, share: float = 0.0, **options: Any) -> ExampleCounts:
-    batches = [pa.RecordBatch.from_pylist(rows[start : start + 7]) for start in range(0, len(rows), 7)]
+    batches = [pa.RecordBatch.from_pylist(rows[start : start + 7], LEDGER_SCHEMA) for start in range(0, len(rows), 7)]
     return freeze_examples(batches, folder, validation_share=share, **options)
 
 
@@ -54,6 +56,13 @@ def test_a_share_of_the_photos_validates_with_all_their_rows(tmp_path: Path) -> 
     more = _freeze([*rows, *(_row(i) for i in range(400, 500))], tmp_path / "more", share=0.2)
     assert more.num_validation >= counts.num_validation
     assert set(validation) <= set(_ids(tmp_path / "more", VALIDATION_FILE))
+
+
+def test_the_turns_of_a_session_stay_together(tmp_path: Path) -> None:
+    _freeze([_row(i, session=f"s{i % 40}", source=f"{i}.png") for i in range(200)], tmp_path, share=0.3)
+    validation, train = _ids(tmp_path, VALIDATION_FILE), _ids(tmp_path, TRAIN_FILE)
+    assert validation
+    assert not {i % 40 for i in validation} & {i % 40 for i in train}
 
 
 def test_a_data_set_with_a_split_of_its_own_keeps_it(tmp_path: Path) -> None:

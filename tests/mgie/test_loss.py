@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from mgie.config import ObjectiveConfig
 from mgie.loss import combine, diffusion_loss, drop_conditions, language_loss, min_snr_weights
 
 
@@ -55,7 +56,7 @@ def test_min_snr_weights_are_one_loss_on_clean_latents_whatever_is_predicted() -
 
 
 def test_total_weighs_the_edit_loss_by_half() -> None:
-    losses = combine(torch.tensor(2.0), torch.tensor(3.0))
+    losses = combine(torch.tensor(2.0), torch.tensor(3.0), edit_weight=ObjectiveConfig().edit_weight)
     assert losses.total.item() == 3.5
 
 
@@ -67,14 +68,16 @@ def test_diffusion_loss_is_computed_in_float32() -> None:
 def test_dropout_intervals() -> None:
     u = torch.tensor([0.0, 0.0499, 0.05, 0.0999, 0.10, 0.1499, 0.15, 0.9999])
     condition, null = torch.ones(8, 3, 2), torch.zeros(1, 3, 2)
-    text, image = drop_conditions(condition, null, torch.ones(8, 4, 2, 2), u)
+    text, image = drop_conditions(condition, null, torch.ones(8, 4, 2, 2), u, share=ObjectiveConfig().condition_dropout)
     assert [bool(row.any()) for row in text] == [False, False, False, False, True, True, True, True]
     assert [bool(row.any()) for row in image] == [True, True, False, False, False, False, True, True]
 
 
 def test_dropout_rates_are_five_percent_each() -> None:
     u = torch.rand(200_000, generator=torch.Generator().manual_seed(7))
-    text, image = drop_conditions(torch.ones(len(u), 1, 1), torch.zeros(1, 1, 1), torch.ones(len(u), 1, 1, 1), u)
+    text, image = drop_conditions(
+        torch.ones(len(u), 1, 1), torch.zeros(1, 1, 1), torch.ones(len(u), 1, 1, 1), u, share=0.05
+    )
     text_off, image_off = text.flatten() == 0, image.flatten() == 0
     for rate in (text_off & ~image_off, text_off & image_off, ~text_off & image_off):
         assert rate.float().mean().item() == pytest.approx(0.05, abs=0.003)

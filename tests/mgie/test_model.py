@@ -11,7 +11,8 @@ from PIL import Image
 from mgie.checkpoint import Bundle
 from mgie.data import ConversationCollator, EditExample, pixel_pair, vision_pixels
 from mgie.errors import DataError
-from mgie.model import MGIE, Conversations, PixelPair, TrainingBatch, TrainingDraws, training_state_start
+from mgie.generation import select_start
+from mgie.model import MGIE, Conversations, PixelPair, TrainingBatch, TrainingDraws
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def collate(tiny_bundle: Bundle, mgie: MGIE) -> Collate:
     clip_pixels = tiny_bundle.load_clip_pixels()
 
     def collate(examples: Sequence[EditExample]) -> TrainingBatch:
-        pixels = vision_pixels(examples, clip_pixels)
+        pixels = vision_pixels([example.source for example in examples], clip_pixels)
         return TrainingBatch(
             words=words([(e.instruction, e.expressive) for e in examples], clip_pixels=pixels),
             images=pixel_pair(examples, 64),
@@ -114,9 +115,9 @@ def test_padding_does_not_change_a_row(mgie: MGIE, collate: Collate) -> None:
 
 def test_a_short_row_without_visual_tokens_falls_back_within_itself(collate: Collate) -> None:
     """F4: the original counts padding and would select it."""
-    assert training_state_start(40, None, 8) == 31
-    assert training_state_start(40, 39, 8) == 31
-    assert training_state_start(40, 31, 8) == 30
+    assert select_start(40, None, 8) == 31
+    assert select_start(40, 39, 8) == 31
+    assert select_start(40, 31, 8) == 30
 
 
 def test_dropped_text_gives_the_null_condition_and_keeps_its_gradient(mgie: MGIE, collate: Collate) -> None:

@@ -60,9 +60,14 @@ def test_ledgers_get_their_shares_and_each_is_read_in_its_own_order() -> None:
     assert max(place.epoch for place in places if place.source == 0) == 15  # 1,536 samples of 100 rows
 
 
-def test_without_weights_all_rows_count_alike() -> None:
-    mixed = MixedOrder([300, 100], seed=0)
-    assert Counter(mixed[index].source for index in range(1024)) == {0: 768, 1: 256}
+@pytest.mark.parametrize("sizes", [[300, 100], [2500, 1, 40]])
+def test_without_weights_every_row_of_every_ledger_comes_once_an_epoch(sizes: list[int]) -> None:
+    mixed, total = MixedOrder(sizes, seed=0), sum(sizes)
+    expected = sorted((source, row) for source, size in enumerate(sizes) for row in range(size))
+    for epoch in range(2):
+        places = [mixed[index] for index in range(epoch * total, (epoch + 1) * total)]
+        assert {place.epoch for place in places} == {epoch}
+        assert sorted((place.source, place.row) for place in places) == expected
 
 
 @pytest.mark.parametrize(

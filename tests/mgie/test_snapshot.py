@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mgie.errors import DataError
-from mgie.snapshot import SNAPSHOT_FILE, Snapshot, is_complete, newest, read_snapshot, snapshot_name, write_snapshot
+from mgie.snapshot import SNAPSHOT_FILE, Snapshot, newest, read_snapshot, snapshot_name, write_snapshot
 
 FILES = ("trainable.safetensors", "ema.safetensors", "optimizer.safetensors")
 
@@ -78,7 +78,7 @@ def test_a_file_that_is_missing_or_of_another_size_is_named(tmp_path: Path, name
         path.write_bytes(content[:-1] if damage == "truncated" else content + b"\0")
     with pytest.raises(DataError, match=name):
         read_snapshot(tmp_path / "a")
-    assert not is_complete(tmp_path / "a")
+    assert newest([tmp_path / "a"]) is None
 
 
 def test_an_altered_file_is_refused_when_it_is_loaded_and_the_others_are_not(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_an_altered_file_is_refused_when_it_is_loaded_and_the_others_are_not(tmp
     content[-1] ^= 1
     path.write_bytes(content)
     snapshot = read_snapshot(tmp_path / "a")
-    assert is_complete(tmp_path / "a")
+    assert newest([tmp_path / "a"]) is not None
     with pytest.raises(DataError, match=r"trainable\.safetensors has sha256 [0-9a-f]{64}; snapshot.json says"):
         snapshot.load("trainable")
     assert snapshot.load("ema")
@@ -127,7 +127,7 @@ def test_a_record_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
     content = (tmp_path / "a" / SNAPSHOT_FILE).read_bytes()
     for end in range(0, len(content) - 2, 7):  # the last two bytes are "}" and a line feed
         (tmp_path / "a" / SNAPSHOT_FILE).write_bytes(content[:end])
-        assert not is_complete(tmp_path / "a")
+        assert newest([tmp_path / "a"]) is None
 
 
 def test_an_empty_a_missing_and_a_plain_file_are_no_checkpoints(tmp_path: Path) -> None:

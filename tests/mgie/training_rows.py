@@ -13,6 +13,7 @@ from mgie.batches import StepLoader
 from mgie.checkpoint import Bundle
 from mgie.config import TrainingConfig
 from mgie.examples import TRAIN_FILE, Examples, freeze_examples
+from mgie.ledger import LEDGER_SCHEMA
 from mgie.model import DiffusionHalf
 from mgie.order import MixedOrder
 from mgie.trainer import StepRecord, Trainer
@@ -34,13 +35,14 @@ def draw_rows(folder: Path, count: int = 12, *, seed: int = 0, side_px: int = 48
             "id": 1000 + 7 * i,
             "dataset": "drawn",
             "split": "train",
+            "session": None,
             "source": f"{i}-source.png",
             "goal": f"{i}-goal.png",
             "instruction": WORDS[i % len(WORDS)],
             "expressive": "The sky would be dark. " * (i % 4 + 1),
         }
         rows.append(row)
-    freeze_examples([pa.RecordBatch.from_pylist(rows)], folder, validation_share=0.0)
+    freeze_examples([pa.RecordBatch.from_pylist(rows, LEDGER_SCHEMA)], folder, validation_share=0.0)
     return folder
 
 
