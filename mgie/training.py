@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch._dynamo
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from mgie.batches import BatchMaker
 from mgie.checkpoint import Bundle, resolve_device
@@ -105,7 +106,8 @@ def load_training_model(bundle: Bundle, config: TrainingConfig, *, device: str =
         # stay as they are, with no more than a warning.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(parts))  # noqa: SLF001
         for block in parts:
-            block.compile()
+            # Latents always have the same size: general shapes would only cost the UNet speed. Rows of words vary.
+            block.compile(dynamic=None if isinstance(block, LlamaDecoderLayer) else False)
     latent_side = side_px // model.codec.downsampling
     if side_px % model.codec.downsampling:
         raise ConfigError(

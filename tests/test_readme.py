@@ -1,7 +1,6 @@
 """The README's way from raw data to an edit by one's own model, run as it is written."""
 
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -18,11 +17,8 @@ BIN = Path(sys.executable).parent
 
 def _commands() -> list[str]:
     """The block that begins with preparing data, with fewer steps of training."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = [
-        block for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) if block.startswith("python pipelines/pre")
-    ]
-    [block] = blocks
+    blocks = (ROOT / "README.md").read_text(encoding="utf-8").split("```")[1::2]
+    [block] = [block for block in blocks if block.startswith("\npython pipelines/prepare.py")]
     return [line.replace("--training.steps 200", "--training.steps 6") for line in block.strip().splitlines()]
 
 
