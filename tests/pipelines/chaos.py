@@ -251,11 +251,11 @@ def _wait(is_so: Callable[[], bool], *, timeout_s: float, what: str) -> None:
 class Job:
     """The command, started in the background; what it prints goes to a file. A context manager that leaves none behind."""
 
-    def __init__(self, flags: list[str], env: dict[str, str], *, cwd: Path) -> None:
+    def __init__(self, flags: list[str], env: dict[str, str], *, cwd: Path, script: Path = JOB) -> None:
         with tempfile.NamedTemporaryFile(prefix="mgie-job-", suffix=".log", delete=False) as log:
             self._log = Path(log.name)
             self.process = subprocess.Popen(
-                [sys.executable, str(JOB), *flags], env=env, cwd=cwd, stdout=log, stderr=subprocess.STDOUT
+                [sys.executable, str(script), *flags], env=env, cwd=cwd, stdout=log, stderr=subprocess.STDOUT
             )
 
     def __enter__(self) -> Self:

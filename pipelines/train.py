@@ -1,0 +1,410 @@
+#!/usr/bin/env python
+"""Ledger -> trained weights: MGIE or one of the paper's variants, on one CPU, one GPU or a cluster. A Ray Train job.
+
+    ray job submit --working-dir . -- python pipelines/train.py --ledger s3://bucket/ledger --out s3://bucket/run
+
+The run's folder holds all that it needs: its own copy of the rows' words, checkpoints, numbers and pictures. The same
+command continues an interrupted run from the newest checkpoint, and what comes out is what would have come out
+without the interruption, bit by bit where the number of workers is the same and they are CPUs. Workers and Ray's
+controller that die are replaced at once. `mgie export RUN --out BUNDLE` makes a bundle of the run.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.exceptions
+import tyro
+from ray.train.v2.torch.torch_trainer import TorchTrainer
+from ray.train.v2.api.config import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mgie.bundles import open_bundle
+from mgie.checkpoint import Bundle
+from mgie.config import TrainingConfig
+from mgie.errors import ConfigError, MGIEError
+from mgie.training import check_variant, open_caches, training_side_px
+from pipelines.checkpoints import CHECKPOINTS, repair_checkpoints
+from pipelines.cluster import StageSize, cause_of, check_cluster, check_shared, start_ray
+from pipelines.lease import Hold, hold_lease
+from pipelines.storage import Folder, RunRecord, claim, fingerprint, open_folder
+from pipelines.tracking import RunMetrics, read_last, read_metrics
+from pipelines.training_plot import plot_run
+from pipelines.training_rows import FrozenRows, freeze_rows, open_rows
+from pipelines.training_worker import SCORE, KeepBy, TrainingJob, cache_kinds, train_worker
+
+METRICS_FILE, PLOT_FILE = "metrics.jsonl", "summary.svg"
+_LOCAL_POLL_S, _STORE_POLL_S = 0.5, 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSize:
+    """How many processes train, and what each takes of the cluster."""
+
+    num: int = 1
+    "workers; one per GPU"
+    max: int = 0
+    "elastic: between `num` and so many, as nodes come and go; 0 = always `num`"
+    num_cpus: float = 1.0
+    "CPUs of one worker"
+    num_gpus: float = 0.0
+    "GPUs of one worker; 0 = train on CPUs"
+
+    def __post_init__(self) -> None:
+        if self.num < 1 or (self.max and self.max < self.num):
+            raise ConfigError(
+                f"workers are {self.num} to {self.max}; num must be at least 1, and max 0 or at least num",
+                param="workers",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Trains a bundle on ledgers."""
+
+    ledger: tuple[str, ...] = ("out/ledger",)
+    "ledger folders, local or s3://"
+    weights: tuple[float, ...] = ()
+    "relative shares of the ledgers in the samples; none = all rows alike often"
+    out: str = "out/run"
+    "folder of the run, local or s3://"
+    init: str = "tiny"
+    "the bundle to begin from: embedded name, folder, hub id or s3://bucket/prefix"
+    cache: str | None = None
+    "folder of pipelines/cache.py; none: images are encoded in each step"
+    images: tuple[str, ...] = ()
+    "where the images lie, one folder per ledger, if not where the ledgers say"
+    endpoint: str | None = None
+    "address of an S3 store that is not Amazon's; default: AWS_ENDPOINT_URL"
+    validation_share: float = 0.02
+    "share of the photos kept for validation, where a ledger has no rows of split val"
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    "what is trained, and how"
+    workers: WorkerSize = field(default_factory=WorkerSize)
+    "size of the job"
+    threads: int = 0
+    "CPU threads of a worker's arithmetic, on which its rounding depends; 0 = its CPUs"
+    checkpoint_every: int = 100
+    "steps"
+    keep: int = 2
+    "checkpoints that are kept; the newest always is"
+    keep_by: KeepBy = "last"
+    "which: the last ones, or those of the lowest validation loss"
+    validate_every: int = 100
+    "steps; 0 = never"
+    num_validation: int = 256
+    "validation rows at most"
+    sample_every: int = 100
+    "steps between pictures of edits; 0 = never"
+    num_samples: int = 4
+    "edits in a picture"
+    sample_steps: int = 20
+    "denoising steps of these edits"
+    log_every_s: float = 5.0
+    "numbers become visible after so many seconds"
+    max_failures: int = 3
+    "times that workers or Ray's controller may die before the job gives up"
+    elastic_check_s: float = 60.0
+    "how often an elastic job looks for nodes to grow onto"
+    cluster_grows: bool = False
+    "the cluster adds nodes on demand: do not refuse to start because it is too small now"
+
+    def __post_init__(self) -> None:
+        for name, values in (("weights", self.weights), ("images", self.images)):
+            if values and len(values) != len(self.ledger):
+                raise ConfigError(f"{name} has {len(values)} entries for {len(self.ledger)} ledgers", param=name)
+        for name, least in (
+            ("checkpoint_every", 1), ("keep", 1), ("num_validation", 1), ("num_samples", 1), ("sample_steps", 1),
+            ("validate_every", 0), ("sample_every", 0), ("max_failures", 0), ("threads", 0),
+        ):  # fmt: skip
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}", param=name)
+        if self.cache and self.training.augment.is_on:
+            raise ConfigError(
+                "augmentation changes the images, a cache holds them unchanged; give only one", param="cache"
+            )
+        if self.training.global_batch < (most := max(self.workers.num, self.workers.max)):
+            raise ConfigError(
+                f"global_batch is {self.training.global_batch}; each of {most} workers needs a sample",
+                param="global_batch",
+            )
+        if not 0 <= self.validation_share < 1:
+            raise ConfigError(
+                f"validation_share is {self.validation_share}; it must be at least 0 and below 1",
+                param="validation_share",
+            )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run."""
+
+    was_finished: bool
+    "before this command"
+    report: Mapping[str, Any]
+    out: str
+
+
+def train(config: TrainConfig, *, console: Console | None = None) -> Outcome:
+    """Runs the job to its end.
+
+    Raises:
+        ConfigError: A setting does not fit the bundle, the folder holds another run or has another writer, or the
+            cluster is too small.
+        BundleError: The bundle cannot be used.
+        DataError: The ledgers or the cache cannot be used, an image cannot be read, or a checkpoint not be written.
+        TrainingError: Losses or gradients stayed not finite.
+        OSError: A store is in trouble.
+        TrainingFailedError, RayError: Workers or the controller died too often.
+    """
+    console = console or Console(quiet=True)
+    init = _absolute(config.init)
+    bundle = open_bundle(init)
+    check_variant(bundle, config.training.variant)
+    out, *ledgers = (open_folder(url, endpoint=config.endpoint) for url in (config.out, *config.ledger))
+    run = _run_record(config, ledgers, bundle)
+    if (found := claim(out, run)).is_finished:
+        return Outcome(True, found.report or {}, out.url)
+    with hold_lease(out) as lease:
+        rows = freeze_rows(
+            out,
+            ledgers,
+            images=config.images,
+            validation_share=config.validation_share,
+            needs_expressive=config.training.variant != "ip2p",
+        )
+        job = _job(config, out, rows, init=init, bundle=bundle)
+        _check_cache(job, bundle)
+        console.print(
+            f"{rows.num_train} rows to train on, {rows.num_validation} to validate on; run: {out.url}", soft_wrap=True
+        )
+        console.print("joining or starting Ray, which may take half a minute ...")
+        start_ray()
+        size = config.workers
+        stage = StageSize(
+            min_actors=size.num, max_actors=max(size.num, size.max), num_cpus=size.num_cpus, num_gpus=size.num_gpus
+        )
+        check_cluster({"workers": stage}, task_cpus=0, grows=config.cluster_grows)
+        shared = {f"the folder of the images {k}": images for k, images in enumerate(job.images)}
+        check_shared({"the run's folder": out, **shared} | ({"the cache": job.cache} if job.cache else {}))
+        started = time.monotonic()
+        num_failures = _fit_patiently(config, job, lease, console)
+        report = _finish(job, seconds=time.monotonic() - started, num_failures=num_failures)
+        dataclasses.replace(run, is_finished=True, report=report).write(out)
+    return Outcome(False, report, out.url)
+
+
+def _absolute(bundle: str) -> str:
+    """The name of a bundle as workers can use it, who work in another folder."""
+    path = Path(bundle).expanduser()
+    return str(path.absolute()) if path.exists() else bundle
+
+
+def _run_record(config: TrainConfig, ledgers: list[Folder], bundle: Bundle) -> RunRecord:
+    """What must not change while a run goes on: all that decides its numbers, but for the rounding."""
+    decides = {
+        "training": dataclasses.asdict(config.training),
+        "init": bundle.identity,
+        "ledger": [ledger.url for ledger in ledgers],
+        "weights": list(config.weights),
+        "validation_share": config.validation_share,
+    }
+    resolved = dataclasses.asdict(config) | decides
+    return RunRecord(job="train", fingerprint=fingerprint(decides), config=resolved)
+
+
+def _job(config: TrainConfig, out: Folder, rows: FrozenRows, *, init: str, bundle: Bundle) -> TrainingJob:
+    roots = config.images or tuple(ledger.images for ledger in rows.ledgers)
+    return TrainingJob(
+        out=out,
+        config=config.training,
+        rows=rows,
+        images=tuple(open_folder(root, endpoint=config.endpoint) for root in roots),
+        weights=config.weights,
+        cache=open_folder(config.cache, endpoint=config.endpoint) if config.cache else None,
+        init=init,
+        identity=bundle.identity,
+        threads=config.threads or max(1, int(config.workers.num_cpus)),
+        checkpoint_every=config.checkpoint_every,
+        keep_by=config.keep_by,
+        validate_every=config.validate_every,
+        num_validation=config.num_validation,
+        sample_every=config.sample_every,
+        num_samples=config.num_samples,
+        sample_steps=config.sample_steps,
+        log_every_s=config.log_every_s,
+    )
+
+
+def _check_cache(job: TrainingJob, bundle: Bundle) -> None:
+    """Matches a local cache with bundle and rows; one in a store is matched by each worker when it has copied it."""
+    cache = job.cache
+    if cache is None:
+        return
+    kinds = cache_kinds(cache, job.config)
+    if cache.is_local and job.out.is_local:
+        rows = open_rows(job.out, job.images, Path())
+        side_px = training_side_px(bundle, job.config)
+        open_caches(
+            lambda kind: Path(cache.path) if kind in kinds else None, bundle, [*rows.train, *rows.validation], side_px
+        )
+
+
+# ---- fitting
+
+
+def _fit_patiently(config: TrainConfig, job: TrainingJob, lease: Hold, console: Console) -> int:
+    """Trains to the end, again and again where workers or the controller die; returns how often they did.
+
+    Ray Train could replace workers by itself, but would also try again what can only fail again.
+    """
+    num_failures = 0
+    while True:
+        snapshots = repair_checkpoints(job.out, score=SCORE if config.keep_by == "loss" else None)
+        if snapshots:
+            console.print(f"going on from {list(snapshots)[-1]}")
+        try:
+            _fit(config, job, lease, console)
+        except (TrainingFailedError, ray.exceptions.RayError) as error:
+            for cause in _causes(error):
+                if isinstance(cause, MGIEError):  # it would happen again
+                    raise cause from error
+            num_failures += 1
+            if num_failures > config.max_failures:
+                raise
+            console.print(
+                f"failure {num_failures} of {config.max_failures} allowed: {_describe(error)}",
+                soft_wrap=True,
+                markup=False,
+            )
+        else:
+            return num_failures
+
+
+def _fit(config: TrainConfig, job: TrainingJob, lease: Hold, console: Console) -> None:
+    size = config.workers
+    trainer = TorchTrainer(
+        functools.partial(train_worker, job),
+        scaling_config=ScalingConfig(
+            num_workers=(size.num, size.max) if size.max else size.num,
+            use_gpu=size.num_gpus > 0,
+            resources_per_worker={"CPU": size.num_cpus, "GPU": size.num_gpus},
+            elastic_resize_monitor_interval_s=config.elastic_check_s,
+        ),
+        run_config=RunConfig(
+            name=CHECKPOINTS,
+            storage_path=job.out.path,
+            storage_filesystem=job.out.filesystem,
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=config.keep,
+                checkpoint_score_attribute=SCORE if config.keep_by == "loss" else None,
+                checkpoint_score_order="min",
+            ),
+            failure_config=FailureConfig(max_failures=0),
+        ),
+    )
+    failed: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:  # noqa: BLE001  # it is raised again in the thread that waits
+            failed.append(error)
+
+    # In a thread, so that this one can show how far it is and leave at once when it is interrupted.
+    thread = threading.Thread(target=fit, name="fit", daemon=True)
+    thread.start()
+    columns = (
+        TextColumn("steps"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[said]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("steps", total=job.num_steps, said="")
+        while thread.is_alive():
+            thread.join(_LOCAL_POLL_S if job.out.is_local else _STORE_POLL_S)
+            lease.check()
+            last: Mapping[str, Any] = {}
+            with contextlib.suppress(OSError):  # it is only shown
+                last = read_last(job.out)
+            if last:
+                said = f"loss {last['loss'] or float('nan'):.4f}, {last['samples_per_s']:.1f} samples/s"
+                bar.update(task, completed=last["step"], said=said)
+    if failed:
+        raise failed[0]
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """What happened to the workers that failed, or to the controller."""
+    failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else [error]
+    # What Ray Train wraps around an error of a worker's function, and around the death of a worker.
+    inner = (getattr(f, "_base_exc", None) or getattr(f, "health_check_failure", None) or f for f in failures)
+    return [cause_of(failure) for failure in inner]
+
+
+def _describe(error: BaseException) -> str:
+    """One line for who died of what."""
+    who = f"worker {min(error.worker_failures)}" if isinstance(error, WorkerGroupError) else "Ray's controller"
+    cause = _causes(error)[0]
+    what = str(cause).strip() or "no message"
+    return f"{who} failed, {type(cause).__name__}: {what.splitlines()[0]}"
+
+
+def _finish(job: TrainingJob, *, seconds: float, num_failures: int) -> dict[str, Any]:
+    """Writes what is read when all is over; returns the report."""
+    metrics = read_metrics(job.out)
+    lines = (json.dumps({"step": step, **scalars}) for step, scalars in metrics.steps.items())
+    job.out.write(METRICS_FILE, ("\n".join(lines) + "\n").encode())
+    job.out.write(PLOT_FILE, plot_run(metrics.steps).encode())
+    return _report(job, metrics, seconds=seconds, num_failures=num_failures)
+
+
+def _report(job: TrainingJob, metrics: RunMetrics, *, seconds: float, num_failures: int) -> dict[str, Any]:
+    speeds = [speed for scalars in metrics.steps.values() if (speed := scalars.get("samples_per_s"))]
+    final = metrics.steps[max(metrics.steps)] if metrics.steps else {}
+    return {
+        "steps": job.num_steps,
+        "rows": job.rows.num_train,
+        "seconds": round(seconds, 1),
+        "failures": num_failures,
+        "repeated_steps": metrics.num_repeated,
+        "skipped_steps": sum(scalars.get("is_finite") is False for scalars in metrics.steps.values()),
+        "samples_per_s": round(statistics.median(speeds), 3) if speeds else None,
+        "final": {name: final.get(name) for name in ("loss", "validation/loss") if name in final},
+    }
+
+
+def main() -> int:
+    """Entry point; returns the exit status: 0 done, 1 interrupted by a fault, 2 refused."""
+    console, errors = Console(), Console(stderr=True, style="red", soft_wrap=True, markup=False, highlight=False)
+    try:
+        outcome = train(tyro.cli(TrainConfig), console=console)
+    except MGIEError as error:
+        errors.print(f"error: {error}")
+        return 2
+    except (OSError, TrainingFailedError, ray.exceptions.RayError) as error:
+        cause = cause_of(error)
+        errors.print(f"error: {type(cause).__name__}: {cause}\nthe same command continues the run")
+        return 1
+    if outcome.was_finished:
+        console.print("the run was finished before; another one needs another --out")
+    console.print(f"{json.dumps(outcome.report)}\nrun: {outcome.out}", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

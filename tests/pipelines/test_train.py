@@ -1,0 +1,293 @@
+"""The training job: what it refuses before it starts, and runs on a private cluster through faults of every kind."""
+
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from mgie.bundles import open_bundle
+from mgie.config import TrainingConfig
+from mgie.errors import BundleError, ConfigError, DataError
+from mgie.latent_cache import finish_cache, list_shards, write_shard
+from mgie.ledger import LEDGER_SCHEMA
+from mgie.snapshot import read_snapshot, snapshot_name
+from pipelines.caching import CACHED_SCHEMA, EncodeLatents, FetchSquares, cache_spec
+from pipelines.checkpoints import CHECKPOINTS, complete_snapshots
+from pipelines.lease import hold_lease
+from pipelines.storage import Folder, open_folder, read_run
+from pipelines.tracking import read_metrics
+from pipelines.train import TrainConfig, WorkerSize, train
+from tests.pipelines.chaos import Cluster, private_cluster
+from tests.pipelines.train_chaos import (
+    Kill,
+    differing_steps,
+    numbers,
+    run_undisturbed,
+    run_with_kills,
+    start,
+    tensor_hashes,
+    train_flags,
+    write_ledger,
+)
+
+NUM_ROWS, NUM_STEPS, SIDE_PX = 24, 20, 64
+
+
+def write_cache(folder: Folder, ledger: Folder, *, bundle: str = "tiny", side_px: int = SIDE_PX) -> None:
+    """VAE moments of all rows, as `pipelines/cache.py` makes them."""
+    spec = cache_spec(open_bundle(bundle), "vae_moments", image_side_px=side_px, dtype="float32")
+    with ledger.filesystem.open_input_file(ledger.at("part-0.parquet")) as file:
+        rows = pq.read_table(file).select(CACHED_SCHEMA.names)
+    encoded = EncodeLatents(bundle, [spec], batch_size=8, device="cpu")(FetchSquares(ledger, [spec])(rows))
+    arrays = {
+        name: encoded.column(name).combine_chunks().flatten().to_numpy().reshape(len(rows), -1) for name in spec.shapes
+    }
+    write_shard(folder.filesystem, folder.path, spec, rows.column("id").to_numpy(), arrays)
+    finish_cache(folder.filesystem, folder.path, spec, list_shards(folder.filesystem, folder.path, spec))
+
+
+# ---- refused before anything starts
+
+
+@pytest.fixture(scope="module")
+def ledger(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    folder = open_folder(tmp_path_factory.mktemp("train") / "ledger")
+    write_ledger(folder, NUM_ROWS)
+    return folder
+
+
+def _config(ledger: Folder, out: Path, **given: Any) -> TrainConfig:
+    return TrainConfig(ledger=(ledger.url,), out=str(out), training=TrainingConfig(image_side_px=SIDE_PX), **given)
+
+
+def test_captions_that_are_missing_are_counted_and_named(tmp_path: Path) -> None:
+    write_ledger(folder := open_folder(tmp_path / "ledger"), 3, expressive=None)
+    with pytest.raises(DataError, match=r"3 of 3 rows have no expressive \(ids \d+, \d+, \d+\); complete the ledger"):
+        train(_config(folder, tmp_path / "out"))
+
+
+def test_the_variant_that_reads_brief_instructions_needs_no_captions(tmp_path: Path) -> None:
+    write_ledger(folder := open_folder(tmp_path / "ledger"), 3, expressive=None)
+    given = _config(folder, tmp_path / "out", init="tiny-ip2p", cache=str(tmp_path / "none"))
+    with pytest.raises(DataError, match="holds no vae_moments"):  # what is checked after the rows
+        train(replace(given, training=TrainingConfig(variant="ip2p")))
+
+
+def test_a_ledger_without_good_rows_is_refused(tmp_path: Path) -> None:
+    write_ledger(folder := open_folder(tmp_path / "ledger"), 3, status="rejected")
+    with pytest.raises(DataError, match="holds no rows of status 'ok'"):
+        train(_config(folder, tmp_path / "out"))
+
+
+def test_a_ledger_of_another_schema_is_refused(tmp_path: Path) -> None:
+    write_ledger(folder := open_folder(tmp_path / "ledger"), 3)
+    part = tmp_path / "ledger" / "part-0.parquet"
+    pq.write_table(pq.read_table(part).drop(["expressive"]), part)
+    assert "expressive" in LEDGER_SCHEMA.names
+    with pytest.raises(DataError, match=r"part-0\.parquet does not have the expected columns: missing.*expressive"):
+        train(_config(folder, tmp_path / "out"))
+
+
+def test_a_folder_without_a_ledger_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"holds no images\.json"):
+        train(_config(open_folder(tmp_path / "none"), tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder, ledger: None, "holds no vae_moments or clip_features; make them with"),
+        (lambda folder, ledger: write_cache(folder, ledger, side_px=72), "image_side_px is 72, not 64"),
+        (lambda folder, ledger: folder.write("vae_moments/part-1.bin", b""), "the cache was not finished"),
+    ],
+)
+def test_a_cache_that_does_not_fit_is_refused(
+    tmp_path: Path, ledger: Folder, make: Callable[[Folder, Folder], None], message: str
+) -> None:
+    make(open_folder(tmp_path / "cache"), ledger)
+    with pytest.raises(DataError, match=message):
+        train(_config(ledger, tmp_path / "out", cache=str(tmp_path / "cache")))
+
+
+def test_a_cache_of_another_encoder_is_refused(tmp_path: Path, ledger: Folder) -> None:
+    write_cache(cache := open_folder(tmp_path / "cache"), ledger)
+    stamp = tmp_path / "cache" / "vae_moments" / "cache.json"
+    stamp.write_text(re.sub(r'"encoder": "\w+"', '"encoder": "0123456789abcdef"', stamp.read_text()))
+    with pytest.raises(DataError, match="encoder is '0123456789abcdef', not"):
+        train(_config(ledger, tmp_path / "out", cache=cache.url))
+
+
+def test_a_bundle_of_the_other_kind_is_refused(tmp_path: Path, ledger: Folder) -> None:
+    with pytest.raises(ConfigError, match=r"variant e2e trains a bundle with conditioner 'mllm'; .* has 'text'"):
+        train(_config(ledger, tmp_path / "out", init="tiny-ip2p"))
+    with pytest.raises(BundleError):
+        train(_config(ledger, tmp_path / "out", init=str(tmp_path / "none")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_run_in_the_same_folder_is_refused_and_so_is_a_second_writer(tmp_path: Path, ledger: Folder) -> None:
+    given = _config(ledger, tmp_path / "out", cache=str(tmp_path / "none"))
+    for _ in range(2):  # a run that did not come far may be begun again
+        with pytest.raises(DataError, match="holds no vae_moments"):
+            train(given)
+    with pytest.raises(ConfigError, match="holds another run: training differ"):
+        train(replace(given, training=TrainingConfig(steps=7)))
+    with hold_lease(open_folder(tmp_path / "out")), pytest.raises(ConfigError, match="only one job may"):
+        train(given)
+
+
+def test_rows_are_frozen_when_the_run_begins(tmp_path: Path) -> None:
+    write_ledger(folder := open_folder(tmp_path / "ledger"), 5)
+    given = _config(folder, tmp_path / "out", cache=str(tmp_path / "none"))
+    for _ in range(2):
+        with pytest.raises(DataError, match="holds no vae_moments"):
+            train(given)
+        frozen = json.loads((tmp_path / "out" / "data" / "data.json").read_text())
+        assert sum(frozen["ledgers"][0]["counts"][name] for name in ("num_train", "num_validation")) == 5
+        write_ledger(folder, 9)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"weights": (1.0, 2.0)}, "weights has 2 entries for 1 ledgers"),
+        ({"images": ("a", "b")}, "images has 2 entries"),
+        ({"keep": 0}, "keep is 0; it must be at least 1"),
+        ({"checkpoint_every": 0}, "checkpoint_every is 0"),
+        ({"validation_share": 1.0}, r"validation_share is 1\.0"),
+    ],
+)
+def test_settings_are_checked(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**given)
+
+
+def test_elastic_workers_are_at_least_the_fewest() -> None:
+    with pytest.raises(ConfigError, match="workers are 3 to 2"):
+        WorkerSize(num=3, max=2)
+
+
+# ---- on a cluster
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with pytest.MonkeyPatch.context() as patch:  # its workers inherit the credentials of the fixture `s3`
+        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        with private_cluster(num_cpus=4) as started:
+            yield started
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, ledger: Folder, tmp_path_factory: pytest.TempPathFactory) -> tuple[Folder, str]:
+    """A run that nothing happens to, and what it said."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    out = open_folder(folder / "out")
+    flags = [*train_flags(ledger, steps=NUM_STEPS, checkpoint_every=4), "--sample-every", "10", "--sample-steps", "2"]
+    return out, run_undisturbed(flags, cluster, out, folder)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_leaves_checkpoints_numbers_pictures_and_a_summary(undisturbed: tuple[Folder, str]) -> None:
+    out, said = undisturbed
+    steps = read_metrics(out).steps
+    assert list(steps) == list(range(1, NUM_STEPS + 1))
+    losses = [float(scalars["loss"] or "nan") for scalars in steps.values()]
+    assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.5
+    assert [step for step, scalars in steps.items() if "validation/loss" in scalars] == [4, 8, 12, 16, 20]
+    assert {"learning_rate/unet", "grad_norm", "samples_per_s", "tokens_per_s", "wait_share", "memory_bytes"} <= set(
+        steps[1]
+    )
+    assert list(complete_snapshots(out)) == [snapshot_name(16), snapshot_name(20)]
+    assert [entry.name for entry in out.list("samples")] == ["step-00000010.png", "step-00000020.png"]
+    with Image.open(io.BytesIO(out.read("samples/step-00000020.png"))) as sheet:
+        assert sheet.size[0] > 3 * SIDE_PX
+        assert sheet.getextrema() == ((0, 255),) * 3
+    assert len(out.read("metrics.jsonl").splitlines()) == NUM_STEPS
+    assert b"<polyline" in out.read("summary.svg")
+    assert out.list("tensorboard")
+    run = read_run(out)
+    assert run is not None
+    assert run.is_finished
+    assert run.report is not None
+    assert run.report["steps"] == NUM_STEPS
+    assert run.report["repeated_steps"] == 0
+    assert f"{NUM_STEPS}/{NUM_STEPS}" in said
+    assert '"repeated_steps": 0' in said
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_whatever_is_killed_the_run_is_bitwise_the_undisturbed_one(
+    cluster: Cluster, ledger: Folder, undisturbed: tuple[Folder, str], tmp_path: Path
+) -> None:
+    out = open_folder(tmp_path / "out")
+    kills = [Kill("disk", 5), Kill("worker", 10), Kill("controller", 14), Kill("driver", 18)]
+    flags = train_flags(ledger, steps=NUM_STEPS, checkpoint_every=4)
+    full, killed, last = run_with_kills(flags, cluster, out, kills, tmp_path)
+    assert re.search(r"error: checkpoint \S+step-00000008 cannot be written", full)
+    assert "going on from step-00000004" in killed
+    assert "failure 1 of 3 allowed: worker 0 failed" in killed
+    assert "failure 2 of 3 allowed: Ray's controller failed" in killed
+    assert "going on from" in last
+    reference = numbers(undisturbed[0])
+    found = numbers(out)
+    assert len(reference) == NUM_STEPS
+    assert differing_steps(found, reference) == []
+    num_repeated = sum(len(measured) - 1 for measured in found.values())
+    assert num_repeated >= 3
+    assert f'"repeated_steps": {num_repeated}' in last
+    assert tensor_hashes(out, NUM_STEPS) == tensor_hashes(undisturbed[0], NUM_STEPS)
+    with start([*flags, "--out", out.url], cluster, tmp_path) as job:
+        status, said = job.finish()
+    assert status == 0
+    assert "the run was finished before" in said
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_in_an_object_store_reads_a_cache_from_there_and_survives_a_kill(
+    cluster: Cluster, undisturbed: tuple[Folder, str], s3: str, s3_server: str, tmp_path: Path
+) -> None:
+    write_ledger(remote := open_folder(f"{s3}/ledger"), NUM_ROWS)
+    write_cache(open_folder(f"{s3}/cache"), remote)
+    out = open_folder(f"{s3}/run")
+    flags = train_flags(remote, steps=NUM_STEPS, checkpoint_every=4)
+    flags += ["--cache", f"{s3}/cache", "--endpoint", s3_server, "--keep", "1", "--keep-by", "loss"]
+    _, last = run_with_kills(flags, cluster, out, [Kill("driver", 14)], tmp_path)
+    assert re.search("going on from step-000000(04|08|12)", last)  # an upload may take longer than four steps
+    found, reference = numbers(out), numbers(undisturbed[0])
+    for step, [expected] in reference.items():
+        for measured in found[step]:  # the cache's encoder saw other batches: rounding
+            np.testing.assert_allclose(measured, expected, rtol=2e-4)
+    assert list(complete_snapshots(out)) == [snapshot_name(NUM_STEPS)]
+    validation = {
+        step: scalars["validation/loss"] for step, scalars in read_metrics(out).steps.items() if step % 4 == 0
+    }
+    assert min(validation, key=lambda step: validation[step] or 0) == NUM_STEPS
+    assert out.list("tensorboard")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_checkpoint_of_the_job_is_a_snapshot_that_names_its_base(undisturbed: tuple[Folder, str]) -> None:
+    snapshot = read_snapshot(Path(undisturbed[0].path) / CHECKPOINTS / snapshot_name(NUM_STEPS))
+    assert snapshot.base == open_bundle("tiny").identity
+    assert (snapshot.variant, snapshot.step, snapshot.data_names) == ("e2e", NUM_STEPS, ("drawn",))
+    assert snapshot.config["image_side_px"] == SIDE_PX
+    assert set(snapshot.load("ema")) == set(snapshot.load("trainable"))
