@@ -97,6 +97,7 @@ def test_options_that_save_time_or_memory_change_rounding_only(tiny_bundle: Bund
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_compiled_blocks_change_rounding_only(tiny_bundle: Bundle, rows: Examples) -> None:
     config = replace(CONFIG, steps=2)
     _close(_run(tiny_bundle, rows, replace(config, compile=True))[0], _run(tiny_bundle, rows, config)[0], rel=1e-4)

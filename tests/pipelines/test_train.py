@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from mgie.bundles import open_bundle
-from mgie.config import TrainingConfig
+from mgie.config import AugmentConfig, TrainingConfig
 from mgie.errors import BundleError, ConfigError, DataError
 from mgie.latent_cache import finish_cache, list_shards, write_shard
 from mgie.ledger import LEDGER_SCHEMA
@@ -163,6 +164,8 @@ def test_rows_are_frozen_when_the_run_begins(tmp_path: Path) -> None:
         ({"keep": 0}, "keep is 0; it must be at least 1"),
         ({"checkpoint_every": 0}, "checkpoint_every is 0"),
         ({"validation_share": 1.0}, r"validation_share is 1\.0"),
+        ({"workers": WorkerSize(num=2, max=64)}, "global_batch is 32; each of 64 workers needs a sample"),
+        ({"cache": "x", "training": TrainingConfig(augment=AugmentConfig(flip=0.5))}, "a cache holds them unchanged"),
     ],
 )
 def test_settings_are_checked(given: dict[str, Any], message: str) -> None:
@@ -255,6 +258,28 @@ def test_whatever_is_killed_the_run_is_bitwise_the_undisturbed_one(
         status, said = job.finish()
     assert status == 0
     assert "the run was finished before" in said
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_damaged_checkpoint_is_left_out_and_the_one_before_it_taken(
+    cluster: Cluster, ledger: Folder, undisturbed: tuple[Folder, str], tmp_path: Path
+) -> None:
+    """Of the right size: what a disk without power may leave."""
+    shutil.copytree(undisturbed[0].path, tmp_path / "out")
+    out = open_folder(tmp_path / "out")
+    damaged = tmp_path / "out" / CHECKPOINTS / snapshot_name(NUM_STEPS) / "trainable.safetensors"
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-8] + bytes(8))
+    run = read_run(out)
+    assert run is not None
+    replace(run, is_finished=False, report=None).write(out)
+    run_undisturbed(train_flags(ledger, steps=NUM_STEPS, checkpoint_every=4), cluster, out, tmp_path)
+    found = numbers(out)
+    assert differing_steps(found, numbers(undisturbed[0])) == []
+    assert [step for step, measured in found.items() if len(measured) == 2] == [17, 18, 19, 20]
+    assert damaged.read_bytes() == content
 
 
 @pytest.mark.ray
