@@ -6,6 +6,7 @@ Axes: B batch, T tokens, S CLIP image side, H W training image sides.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar, cast
@@ -97,10 +98,18 @@ class ConversationCollator:
             labels=labels,
             label_positions=is_label.nonzero().squeeze(1),
             label_ids=labels[:, 1:][labels[:, 1:] != IGNORE],
+            num_shared=self._num_shared([row.ids for row in rows]),
             state_starts=torch.tensor(starts),
             clip_pixels=clip_pixels,
             features=features,
         )
+
+    def _num_shared(self, rows: Sequence[list[int]]) -> int:
+        """Tokens before the image that all rows begin with; every row keeps one of its own."""
+        low, high = min(rows), max(rows)  # what these two share, all share
+        image = self._tokenizer.im_patch_id
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1] != image, zip(low, high, strict=False))
+        return min(sum(1 for _ in same), min(map(len, rows)) - 1)
 
 
 class EncoderCollator:

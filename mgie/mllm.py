@@ -10,7 +10,7 @@ from typing import overload
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import Cache, CLIPVisionModel, LlamaForCausalLM
+from transformers import Cache, CLIPVisionModel, DynamicCache, LlamaForCausalLM
 
 from mgie.errors import BundleError
 
@@ -150,9 +150,9 @@ class MLLM(nn.Module):
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -embeddings.shape[1] :]
         out = self.llm.model(
             inputs_embeds=embeddings,
-            # Ready-made where there is no cache, as in training: transformers asks the device whether a mask of real
-            # tokens is needed at all, and so waits for it.
-            attention_mask=mask.long() if cache is not None else _causal_mask(mask),
+            # Ready-made: of a mask of real tokens transformers asks the device whether it is needed at all, and so
+            # waits for it.
+            attention_mask=_causal_mask(mask, embeddings.shape[1]),
             position_ids=positions,
             past_key_values=cache,
             use_cache=cache is not None,
@@ -160,15 +160,32 @@ class MLLM(nn.Module):
         hidden: Tensor = out.last_hidden_state
         return hidden
 
+    def forward_shared(
+        self, embeddings: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"], num_shared: int
+    ) -> Float[Tensor, "B T D"]:
+        """Hidden states of rows that all begin with the same `num_shared` embeddings, which pass once.
+
+        Attention is causal, so their keys and values are the same in every row; gradients add up over the rows.
+        Padding must be on the right. Not with gradient checkpointing, which keeps no keys and values.
+        """
+        hidden: Tensor
+        if num_shared == 0 or len(embeddings) == 1:
+            hidden = self(embeddings, mask)
+            return hidden
+        cache = DynamicCache(config=self.llm.config)
+        first = self(embeddings[:1, :num_shared], mask[:1, :num_shared], cache=cache)
+        cache.batch_repeat_interleave(len(embeddings))
+        rest = self(embeddings[:, num_shared:], mask, cache=cache)
+        return torch.cat([first.expand(len(embeddings), -1, -1), rest], dim=1)
+
     def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """Scores of the next token."""
         scores: Tensor = self.llm.lm_head(hidden)
         return scores
 
 
-def _causal_mask(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B 1 T T"]:
-    """Who sees whom: earlier real tokens and oneself. Padding sees itself, for it must see something."""
-    num_tokens = mask.shape[1]
-    earlier = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=mask.device).tril()
-    oneself = torch.eye(num_tokens, dtype=torch.bool, device=mask.device)
-    return (mask[:, None, None, :] & earlier) | oneself
+def _causal_mask(mask: Bool[Tensor, "B L"], num_new: int) -> Bool[Tensor, "B 1 T L"]:
+    """Whom each of the last `num_new` tokens sees: earlier real ones and itself (padding must see something, too)."""
+    seen = torch.arange(mask.shape[1], device=mask.device)
+    own = seen[-num_new:, None]
+    return (mask[:, None, None, :] & (seen < own)) | (seen == own)

@@ -40,6 +40,8 @@ class Conversations:
     "of the states that predict the label tokens, in the flattened [B * T]: found on the host, so that a device need not"
     label_ids: Int[Tensor, " L"]
     "the label tokens"
+    num_shared: int
+    "tokens before the image that all rows begin with"
     state_starts: Int[Tensor, " B"]
     "first of the N states for the edit head, see `generation.select_start`"
     clip_pixels: Float[Tensor, "B 3 S S"] | None = None
@@ -171,6 +173,8 @@ class MGIE(DiffusionHalf):
     ) -> None:
         super().__init__(unet=unet, codec=codec, schedule=schedule, objective=objective)
         self.mllm, self.edit_head, self.num_visual_tokens = mllm, edit_head, num_visual_tokens
+        self.shares_prefix = True
+        "whether the tokens that all rows of a batch begin with pass the LLM once, see `MLLM.forward_shared`"
 
     def freeze(self) -> None:
         """Marks what trains and what does not."""
@@ -185,8 +189,8 @@ class MGIE(DiffusionHalf):
                 features: Tensor | None = self.mllm.project(words.features)
             else:
                 features = self.mllm.image_features(words.clip_pixels)
-        hidden: Tensor = self.mllm(self.mllm.embed(words.input_ids, features), words.mask)
-        return hidden
+        num_shared = words.num_shared if self.shares_prefix else 0
+        return self.mllm.forward_shared(self.mllm.embed(words.input_ids, features), words.mask, num_shared)
 
     def condition(
         self, hidden: Float[Tensor, "B T D"], state_starts: Int[Tensor, " B"]

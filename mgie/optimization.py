@@ -75,7 +75,7 @@ class Optimization:
         return {part: self._peaks[part] * factor for part in sorted({g["part"] for g in self._adam.param_groups})}
 
     def update(self, step: int, loss: Float[Tensor, ""], *, gradient_scale: int = 1) -> UpdateResult:
-        """One step with the gradients that have been accumulated; they are 0 afterwards.
+        """One step with the gradients that have been accumulated; they are gone afterwards.
 
         Changes no weight and no moment where `loss` or the gradients are not finite.
 
@@ -98,8 +98,9 @@ class Optimization:
         # How gradient scalers tell a fused optimiser to leave everything as it is, without asking the device.
         self._adam.found_inf = 1 - is_finite  # type: ignore[attr-defined]
         self._adam.step()
-        # Kept: they are views of DDP's buckets, which would otherwise be there twice.
-        self._adam.zero_grad(set_to_none=False)
+        # On a GPU they are kept, as views of DDP's buckets, which would otherwise be there twice. But DDP multiplies new
+        # gradients by 1/n and divides kept ones by n: a resumed run, which begins with new ones, would round otherwise.
+        self._adam.zero_grad(set_to_none=loss.device.type != "cuda")
         if self.average:
             # Rises to the full decay, so that the average does not remember the beginning for long.
             decay = min(self._config.ema_decay, (1 + step) / (10 + step))

@@ -98,6 +98,11 @@ def load_training_model(bundle: Bundle, config: TrainingConfig, *, device: str =
     model.to(target)
     if config.channels_last:
         model.unet.to(memory_format=torch.channels_last)
+    if isinstance(model, MGIE):
+        # Keys and values of a shared prefix are neither kept by recomputed blocks nor of one shape for compiled ones.
+        # And float64 is for comparing runs: LLaMA's norms round to float32 whatever goes in, so gradients that are
+        # added up before them would round by who shares a micro-batch.
+        model.shares_prefix = not (config.gradient_checkpointing or config.compile or config.dtype == "float64")
     if config.gradient_checkpointing:
         _recompute_blocks(model)
     if config.compile:

@@ -113,6 +113,36 @@ def test_padding_does_not_change_a_row(mgie: MGIE, collate: Collate) -> None:
     assert alone.state_starts[0] == padded.state_starts[0]
 
 
+@pytest.mark.parametrize("numbers", [(0, 1, 2, 3), (0, 2)])
+def test_what_all_rows_begin_with_passes_once_and_changes_nothing(
+    mgie: MGIE, collate: Collate, numbers: tuple[int, ...]
+) -> None:
+    """Rows of 0 and 2 ask the same: what they share ends where the images begin."""
+    batch = collate([_example(i) for i in numbers])
+    words = conversations(batch)
+    image = int((words.input_ids[0] == mgie.mllm.im_patch_id).nonzero()[0])
+    assert 30 < words.num_shared <= image
+    assert (words.num_shared == image) == (len(numbers) == 2)
+    assert (words.input_ids[:, : words.num_shared] == words.input_ids[:1, : words.num_shared]).all()
+    found = []
+    for shares in (True, False):
+        mgie.shares_prefix = shares
+        losses = mgie(batch, _draws(len(numbers)))
+        losses.total.backward()
+        found.append((losses.total.item(), {n: p.grad for n, p in mgie.named_parameters() if p.grad is not None}))
+        mgie.zero_grad()
+    mgie.shares_prefix = True
+    (ours, gradients), (theirs, expected) = found
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_cut_before_the_image_share_what_is_left(tiny_bundle: Bundle) -> None:
+    collator = ConversationCollator(tiny_bundle.load_tokenizer(), num_patches=64, max_length=20)
+    assert collator([("make it night", "Dark."), ("winter", "Snow.")]).num_shared == 19
+
+
 def test_a_short_row_without_visual_tokens_falls_back_within_itself(collate: Collate) -> None:
     """F4: the original counts padding and would select it."""
     assert select_start(40, None, 8) == 31
