@@ -8,11 +8,12 @@ A step that a kill undid is trained again, and written again by a later attempt:
 Knows nothing of Ray, nor of what the numbers mean.
 """
 
+import importlib
 import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -22,12 +23,13 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from mgie.errors import ConfigError
 from pipelines.storage import Folder
 
 Scalar = float | bool | None
 
 METRICS, SAMPLES, TENSORBOARD = "metrics", "samples", "tensorboard"
-_PART_LINES = 2000  # a part is written whole each time: some 100 KB
+_PART_LINES = 400  # a part is written whole each time: some 200 KB
 
 
 class Tracker(Protocol):
@@ -129,6 +131,31 @@ class TensorBoardTracker:
         """See `Tracker`."""
         self._writer.close()
         self.flush()
+
+
+def open_tracker(name: str, run: Folder, scratch: Path, *, step: int) -> Tracker | None:
+    """The tracker beside the files.
+
+    Args:
+        name: `tensorboard`; `none`; or `module:callable` that makes one of (run, scratch, step).
+        scratch: A local folder to write to on the way to a store.
+        step: Steps done when this attempt begins.
+
+    Raises:
+        ConfigError: There is no such callable.
+    """
+    if name == "none":
+        return None
+    if name == "tensorboard":
+        return TensorBoardTracker(run, scratch, step=step)
+    module, _, attribute = name.partition(":")
+    try:
+        make: Callable[..., Tracker] = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"tracker is {name!r}; it must be tensorboard, none, or module:callable ({error})", param="tracker"
+        ) from error
+    return make(run, scratch, step=step)
 
 
 class Trackers:

@@ -114,6 +114,10 @@ class TrainConfig:
     "denoising steps of these edits"
     log_every_s: float = 5.0
     "numbers become visible after so many seconds"
+    tracker: str = "tensorboard"
+    "beside the files: tensorboard, none, or module:callable that makes a pipelines.tracking.Tracker"
+    loader_threads: int = 2
+    "of each worker, that read and prepare batches ahead; more for images in a store"
     max_failures: int = 3
     "times that workers or Ray's controller may die before the job gives up"
     elastic_check_s: float = 60.0
@@ -126,7 +130,7 @@ class TrainConfig:
             if values and len(values) != len(self.ledger):
                 raise ConfigError(f"{name} has {len(values)} entries for {len(self.ledger)} ledgers", param=name)
         for name, least in (
-            ("checkpoint_every", 1), ("keep", 1), ("num_validation", 1), ("num_samples", 1), ("sample_steps", 1),
+            ("loader_threads", 1), ("checkpoint_every", 1), ("keep", 1), ("num_validation", 1), ("num_samples", 1), ("sample_steps", 1),
             ("validate_every", 0), ("sample_every", 0), ("max_failures", 0), ("threads", 0),
         ):  # fmt: skip
             if getattr(self, name) < least:
@@ -245,6 +249,8 @@ def _job(config: TrainConfig, out: Folder, rows: FrozenRows, *, init: str, bundl
         num_samples=config.num_samples,
         sample_steps=config.sample_steps,
         log_every_s=config.log_every_s,
+        tracker=config.tracker,
+        loader_threads=config.loader_threads,
     )
 
 

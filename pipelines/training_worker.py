@@ -41,7 +41,7 @@ from mgie.training import load_training_model, open_caches, training_side_px
 from pipelines.checkpoints import complete_snapshots, fetch_snapshot, upload_snapshot
 from pipelines.samples import SampleEditor
 from pipelines.storage import Folder
-from pipelines.tracking import FileTracker, Scalar, TensorBoardTracker, Tracker, Trackers
+from pipelines.tracking import FileTracker, Scalar, Tracker, Trackers, open_tracker
 from pipelines.training_rows import FrozenRows, OpenRows, open_rows
 
 _MAX_UPLOADS = 2  # checkpoints on the local disk at once, one of them being written
@@ -84,6 +84,8 @@ class TrainingJob:
     sample_steps: int
     "of denoising"
     log_every_s: float
+    tracker: str
+    loader_threads: int
 
     @property
     def num_steps(self) -> int:
@@ -141,7 +143,7 @@ class _Worker:
         self._tracker: Tracker = Trackers(
             [
                 FileTracker(job.out, flush_every_s=job.log_every_s),
-                TensorBoardTracker(job.out, scratch, step=self._trainer.step),
+                *filter(None, [open_tracker(job.tracker, job.out, scratch, step=self._trainer.step)]),
             ]
             if self._rank == 0
             else []
@@ -187,6 +189,8 @@ class _Worker:
             micro_batch=config.micro_batch,
             rank=self._rank,
             world_size=self._world_size,
+            num_threads=self._job.loader_threads,
+            ahead=4 * self._job.loader_threads,
         )
 
     def _validation_batches(self) -> Iterator[MicroBatch]:

@@ -10,8 +10,17 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipelines import tracking
+from mgie.errors import ConfigError
 from pipelines.storage import open_folder
-from pipelines.tracking import FileTracker, TensorBoardTracker, Trackers, read_last, read_lines, read_metrics
+from pipelines.tracking import (
+    FileTracker,
+    TensorBoardTracker,
+    Trackers,
+    open_tracker,
+    read_last,
+    read_lines,
+    read_metrics,
+)
 from pipelines.training_plot import plot_run
 
 
@@ -106,3 +115,17 @@ def test_the_summary_shows_every_line_and_skips_what_was_not_finite() -> None:
     many = plot_run({step: {"loss": 1.0} for step in range(1, 100_001)})
     assert len(many) < 50_000
     assert json.dumps(many)
+
+
+def test_a_tracker_is_chosen_by_name_and_may_be_ones_own(tmp_path: Path) -> None:
+    run = open_folder(tmp_path / "run")
+    assert open_tracker("none", run, tmp_path, step=0) is None
+    chosen = open_tracker("tensorboard", run, tmp_path, step=0)
+    assert isinstance(chosen, TensorBoardTracker)
+    chosen.close()
+    own = open_tracker("pipelines.tracking:TensorBoardTracker", run, tmp_path, step=3)
+    assert isinstance(own, TensorBoardTracker)
+    own.close()
+    for name in ("wandb", "pipelines.nothing:Tracker", "pipelines.tracking:Nothing"):
+        with pytest.raises(ConfigError, match=f"tracker is '{name}'; it must be tensorboard, none, or module:callable"):
+            open_tracker(name, run, tmp_path, step=0)
