@@ -119,7 +119,7 @@ class TrainConfig:
     loader_threads: int = 2
     "of each worker, that read and prepare batches ahead; more for images in a store"
     max_failures: int = 3
-    "times that workers or Ray's controller may die before the job gives up"
+    "times that workers or Ray's controller may die without a new checkpoint in between before the job gives up"
     elastic_check_s: float = 60.0
     "how often an elastic job looks for nodes to grow onto"
     cluster_grows: bool = False
@@ -276,11 +276,14 @@ def _fit_patiently(config: TrainConfig, job: TrainingJob, lease: Hold, console: 
 
     Ray Train could replace workers by itself, but would also try again what can only fail again.
     """
-    num_failures = 0
+    num_failures = num_in_place = 0
+    newest = None
     while True:
         snapshots = repair_checkpoints(job.out, score=SCORE if config.keep_by == "loss" else None)
-        if snapshots:
-            console.print(f"going on from {list(snapshots)[-1]}")
+        if snapshots and newest != (newest := list(snapshots)[-1]):
+            num_in_place = 0
+        if newest:
+            console.print(f"going on from {newest}")
         try:
             _fit(config, job, lease, console)
         except (TrainingFailedError, ray.exceptions.RayError) as error:
@@ -288,10 +291,11 @@ def _fit_patiently(config: TrainConfig, job: TrainingJob, lease: Hold, console: 
                 if isinstance(cause, MGIEError):  # it would happen again
                     raise cause from error
             num_failures += 1
-            if num_failures > config.max_failures:
+            num_in_place += 1
+            if num_in_place > config.max_failures:
                 raise
             console.print(
-                f"failure {num_failures} of {config.max_failures} allowed: {_describe(error)}",
+                f"failure {num_in_place} of {config.max_failures} allowed without progress: {_describe(error)}",
                 soft_wrap=True,
                 markup=False,
             )
