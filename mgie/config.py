@@ -86,6 +86,8 @@ class EditSettings:
     "image guidance s_I; 1 = off"
     square_crop: bool = False
     "crop to the centre square as the published pipeline does, instead of keeping the framing"
+    detail_transfer: bool = False
+    "make the change to the source's own pixels, instead of scaling the model's picture up"
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -207,6 +209,10 @@ class OptimizerConfig:
     "peak learning rate of the edit head"
     lr_unet: float = 1e-4
     "peak learning rate of the UNet"
+    lr_llm: float = 0.0
+    "peak learning rate of the LLM's blocks and last norm; 0 = frozen, as published"
+    lr_text_encoder: float = 0.0
+    "peak learning rate of the text encoder of ft and ip2p; 0 = frozen, as published"
     beta1: float = 0.9
     "decay of the first moment"
     beta2: float = 0.999
@@ -223,7 +229,7 @@ class OptimizerConfig:
     "of the moving average of the trained weights; 0 = none is kept"
 
     def __post_init__(self) -> None:
-        for name in ("lr_tokens", "lr_edit_head", "lr_unet", "weight_decay"):
+        for name in ("lr_tokens", "lr_edit_head", "lr_unet", "lr_llm", "lr_text_encoder", "weight_decay"):
             check_range(name, getattr(self, name), 0.0, 10.0)
         for name in ("beta1", "beta2", "ema_decay", "warmup"):
             check_range(name, getattr(self, name), 0.0, 0.999999)
@@ -241,11 +247,17 @@ class ObjectiveConfig:
     "share of samples that lose the text, that lose the image, and that lose both: each"
     min_snr_gamma: float = 0.0
     "weights timesteps by min(SNR, gamma); 0 = all alike, as published (5 is usual)"
+    timestep_shift: float = 1.0
+    "moves timesteps to higher noise: t becomes s t / (1 + (s - 1) t), t in [0, 1]; 1 = uniform, as published"
+    change_weight: float = 0.0
+    "how much more the error counts where source and goal latents differ; 0 = everywhere alike, as published"
 
     def __post_init__(self) -> None:
         check_range("edit_weight", self.edit_weight, 0.0, 1000.0)
         check_range("condition_dropout", self.condition_dropout, 0.0, 1 / 3)
         check_range("min_snr_gamma", self.min_snr_gamma, 0.0, 1000.0)
+        check_range("timestep_shift", self.timestep_shift, 0.01, 100.0)
+        check_range("change_weight", self.change_weight, 0.0, 1000.0)
 
 
 @dataclass(frozen=True, kw_only=True)

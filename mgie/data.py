@@ -21,7 +21,7 @@ from mgie.errors import DataError
 from mgie.generation import pad, select_start
 from mgie.images import PUBLISHED_SIDE_PX, ClipPixels, to_signed, training_pixels
 from mgie.model import Conversations, EncoderWords, PixelPair
-from mgie.prompts import IGNORE, encode_answered
+from mgie.prompts import IGNORE, EncodedPrompt, encode_answered
 from mgie.tokens import Tokenizer
 
 MAX_LENGTH = 512  # tokens of a training row in the published recipe
@@ -85,6 +85,16 @@ class ConversationCollator:
             encode_answered(self._tokenizer, instruction, expressive, self._num_patches, max_length=self._max_length)
             for instruction, expressive in words
         ]
+        return self.pad(rows, clip_pixels=clip_pixels, features=features)
+
+    def pad(
+        self,
+        rows: Sequence[EncodedPrompt],
+        *,
+        clip_pixels: Float[Tensor, "B 3 S S"] | None = None,
+        features: Float[Tensor, "B P d"] | None = None,
+    ) -> Conversations:
+        """Encoded rows of any conversation as a batch."""
         ids, mask = pad([row.ids for row in rows], self._tokenizer.pad_id)
         labels, _ = pad([row.labels for row in rows], IGNORE)
         num_visual = len(self._tokenizer.visual_ids)

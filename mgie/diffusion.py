@@ -5,6 +5,7 @@ Knows nothing of guidance or samplers.
 Axes: B batch, H W image sides, h w latent sides, c latent channels, Q queries, C condition width.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -21,11 +22,14 @@ class LatentCodec(nn.Module):
 
     Goal latents are posterior *samples times the scaling factor*; the condition latents of the source are
     the posterior *mode, not scaled*.
+
+    A VAE that takes 3 p^2 channels sees each block of p x p pixels as one position: p = 1 for Stable Diffusion.
     """
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
         self.vae = vae
+        self._block_px = math.isqrt(int(vae.config.in_channels) // 3)
 
     @property
     def scaling_factor(self) -> float:
@@ -35,11 +39,12 @@ class LatentCodec(nn.Module):
     @property
     def downsampling(self) -> int:
         """Image pixels per latent side (8 for Stable Diffusion)."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1)) * self._block_px
 
     def moments(self, pixels: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B c h w"], Float[Tensor, "B c h w"]]:
         """Mean and log-variance of the posterior, unscaled; pixels in [-1, 1]."""
-        posterior = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
+        blocks = nn.functional.pixel_unshuffle(pixels.to(self.vae.device, self.vae.dtype), self._block_px)
+        posterior = self.vae.encode(blocks).latent_dist
         return posterior.mean, posterior.logvar
 
     def condition_latents(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B c h w"]:
@@ -57,8 +62,8 @@ class LatentCodec(nn.Module):
 
     def decode(self, latents: Float[Tensor, "B c h w"]) -> Float[Tensor, "B 3 H W"]:
         """Pixels, about [-1, 1], of scaled latents."""
-        pixels: Tensor = self.vae.decode(latents.to(self.vae.dtype) / self.scaling_factor).sample
-        return pixels
+        blocks: Tensor = self.vae.decode(latents.to(self.vae.dtype) / self.scaling_factor).sample
+        return nn.functional.pixel_shuffle(blocks, self._block_px)
 
 
 class NoiseSchedule(nn.Module):
@@ -86,6 +91,16 @@ class NoiseSchedule(nn.Module):
     def _factors(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         abar = self.abar[timesteps][:, None, None, None]
         return abar.sqrt(), (1 - abar).sqrt()
+
+    def shift(self, timesteps: Int[Tensor, " B"], factor: float) -> Int[Tensor, " B"]:
+        """Timesteps moved to higher noise: `t = s t / (1 + (s - 1) t)` of t in (0, 1); a factor of 1 changes nothing.
+
+        Source: Esser et al., ICML 2024, eq. 23.
+        """
+        if factor == 1:
+            return timesteps
+        t = (timesteps.double() + 0.5) / self.num_timesteps
+        return (factor * t / (1 + (factor - 1) * t) * self.num_timesteps).long()
 
     def snr(self, timesteps: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
         """Signal-to-noise ratio `abar / (1 - abar)`."""

@@ -41,8 +41,14 @@ CHECKPOINTS = "checkpoints"  # of a run folder: where its snapshots lie
 PUBLISHED_FILES = ("mllm.pt", "unet.pt")
 
 _EMBEDDINGS, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_LLM_BLOCKS = "mllm.llm.model.layers."
 # Parts that train, and where their tensors are in a training module.
-_PREFIXES: dict[Part, str] = {"llm": "mllm.llm.", "edit_head": "edit_head.", "unet": "unet."}
+_PREFIXES: dict[Part, str] = {
+    "llm": "mllm.llm.",
+    "edit_head": "edit_head.",
+    "unet": "unet.",
+    "text_encoder": "text_encoder.",
+}
 _TENSORS: dict[WeightKind, TensorSet] = {"ema": "ema", "raw": "trainable"}
 _MAX_LISTED = 20  # problems named in one message
 _SEEING_SIZES = ("image_patches", "vision_side_px")
@@ -234,6 +240,9 @@ def _plan(trained: Trained, base: Bundle) -> dict[Path, list[TensorPlan]]:
         BundleError: The trained tensors are not those that its variant trains in this base.
     """
     parts: tuple[Part, ...] = ("llm", "edit_head", "unet") if base.config.conditioner == "mllm" else ("unet",)
+    if any(name.startswith(_PREFIXES["text_encoder"]) for name in trained.tensors):
+        parts = (*parts, "text_encoder")
+    trains_llm = any(name.startswith(_LLM_BLOCKS) for name in trained.tensors)
     base.verify(parts, hashes=False)
     plans: dict[Path, list[TensorPlan]] = {}
     expected: dict[str, tuple[int, ...]] = {}
@@ -242,7 +251,7 @@ def _plan(trained: Trained, base: Bundle) -> dict[Path, list[TensorPlan]]:
         for key, spec in Weights(files).specs.items():
             name = _PREFIXES[part] + key
             plan = TensorPlan(key, key, spec.file, spec.shape, spec.dtype)
-            if part != "llm" or key in (_EMBEDDINGS, _LM_HEAD):
+            if part != "llm" or trains_llm or key in (_EMBEDDINGS, _LM_HEAD):
                 expected[name] = spec.shape
                 if name in trained.tensors:
                     plan = dataclasses.replace(plan, change=functools.partial(_put, trained.tensors[name]))

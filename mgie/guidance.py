@@ -7,7 +7,7 @@ only (null text), `n` = e(0, 0) with neither (null text, zero image latents):
 
 Knows nothing of noise schedules: latents arrive already scaled as the model wants them.
 
-Axes: B samples, N rows of the denoiser's batch (up to 3 B), h w latent height and width,
+Axes: B samples, N rows of the denoiser's batch (up to 3 B), c latent channels (c2 = 2 c), h w latent sides,
 Q condition tokens, C condition width.
 """
 
@@ -32,11 +32,11 @@ class Denoiser(Protocol):
 
     def __call__(
         self,
-        latents: Float[Tensor, "N 8 h w"],
+        latents: Float[Tensor, "N c2 h w"],
         timesteps: Float[Tensor, " N"],
         condition: Float[Tensor, "N Q C"],
-    ) -> Float[Tensor, "N 4 h w"]:
-        """Predicts for each row; channels 0-3 are scaled noisy latents, 4-7 are image latents."""
+    ) -> Float[Tensor, "N c h w"]:
+        """Predicts for each row; the first c channels are scaled noisy latents, the others image latents."""
         ...
 
 
@@ -44,11 +44,11 @@ class Denoiser(Protocol):
 class GuidanceInput:
     """What guidance needs of one sample at one step."""
 
-    latents: Float[Tensor, "4 h w"]
+    latents: Float[Tensor, "c h w"]
     "noisy latents, scaled as the model wants them, float32"
     timestep: float
     "training timestep; may lie between two whole ones"
-    image_latents: Float[Tensor, "4 h w"]
+    image_latents: Float[Tensor, "c h w"]
     "source image, VAE posterior mode, not scaled"
     condition: Float[Tensor, "Q C"]
     "T: what the edit head (or text encoder) derived"
@@ -73,7 +73,7 @@ def needed_branches(text_scale: float, image_scale: float) -> tuple[Branch, ...]
     return tuple(branch for branch, coefficient in coefficients.items() if coefficient != 0.0)
 
 
-def guided_prediction(denoiser: Denoiser, samples: Sequence[GuidanceInput]) -> Float[Tensor, "B 4 h w"]:
+def guided_prediction(denoiser: Denoiser, samples: Sequence[GuidanceInput]) -> Float[Tensor, "B c h w"]:
     """The guided prediction of every sample, from one call of the denoiser.
 
     Rows are sorted by branch, then by sample; a branch that cannot matter (`needed_branches`) gets no row.
@@ -121,7 +121,7 @@ def guided_prediction(denoiser: Denoiser, samples: Sequence[GuidanceInput]) -> F
     return n_all + image_scale * (i_all - n_all) + text_scale * (t_all - i_all)
 
 
-def _image_latents(sample: GuidanceInput, branch: Branch) -> Float[Tensor, "4 h w"]:
+def _image_latents(sample: GuidanceInput, branch: Branch) -> Float[Tensor, "c h w"]:
     return torch.zeros_like(sample.image_latents) if branch == "none" else sample.image_latents
 
 

@@ -292,6 +292,36 @@ def read_ledger(
     )
 
 
+def is_ledger(filesystem: pafs.FileSystem, folder: str) -> bool:
+    """Whether a folder of rows is a ledger, and not a manifest.
+
+    Raises:
+        DataError: A file is damaged.
+    """
+    files = list_parquet(filesystem, folder)
+    try:
+        return bool(files) and "attempt" in pq.read_schema(files[0], filesystem=filesystem).names
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{files[0]} cannot be read: {error}") from error
+
+
+def read_edits(
+    filesystem: pafs.FileSystem, folder: str, *, columns: Sequence[str], batch_rows: int = READ_BATCH_ROWS
+) -> Iterator[pa.RecordBatch]:
+    """The edits of a ledger (those that are ok) or of a manifest, in which what only ledgers have is null.
+
+    For what can do without expressive instructions. Arguments and errors as of `read_ledger`.
+    """
+    if is_ledger(filesystem, folder):
+        yield from read_ledger(filesystem, folder, columns=columns, batch_rows=batch_rows)
+        return
+    schema = _choose(LEDGER_SCHEMA, columns)
+    given = [name for name in columns if name in MANIFEST_SCHEMA.names]
+    for batch in read_manifest(filesystem, folder, columns=given, batch_rows=batch_rows):
+        arrays = [batch[name] if name in given else pa.nulls(len(batch), schema.field(name).type) for name in columns]
+        yield pa.record_batch(arrays, schema=schema)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LedgerCounts:
     """What a ledger holds."""

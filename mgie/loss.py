@@ -43,15 +43,18 @@ def diffusion_loss(
     target: Float[Tensor, "B c h w"],
     *,
     weights: Float[Tensor, " B"] | None = None,
+    place_weights: Float[Tensor, "B 1 h w"] | None = None,
     num_samples: int | None = None,
 ) -> Float[Tensor, ""]:
     """Mean squared error, in float32 at least.
 
     Args:
         weights: Of the samples, see `min_snr_weights`; None = 1.
+        place_weights: Of the places, see `change_weights`; None = 1.
         num_samples: What the sum over samples is divided by: those of the global batch; None = B.
     """
-    errors = (_at_least_float32(prediction) - _at_least_float32(target)).square().mean(dim=(1, 2, 3))
+    squares = (_at_least_float32(prediction) - _at_least_float32(target)).square()
+    errors = (squares if place_weights is None else squares * place_weights).mean(dim=(1, 2, 3))
     if weights is not None:
         errors = errors * weights
     return errors.sum() / (len(errors) if num_samples is None else num_samples)
@@ -67,6 +70,20 @@ def min_snr_weights(snr: Float[Tensor, " B"], gamma: float, prediction_type: str
     if prediction_type == "epsilon":
         return clipped / snr
     return clipped / (snr + 1) if prediction_type == "v_prediction" else clipped
+
+
+def change_weights(
+    goal_latents: Float[Tensor, "B c h w"], source_latents: Float[Tensor, "B c h w"], weight: float
+) -> Float[Tensor, "B 1 h w"]:
+    """`1 + weight` where source and goal differ clearly, 1 where they do not: most edits change a small part only.
+
+    Args:
+        goal_latents, source_latents: Both unscaled. Clearly: by the source's standard deviation of a latent, as the
+            root of the mean over channels; below, in proportion.
+    """
+    spread = source_latents.std(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
+    distance = (goal_latents - source_latents).square().mean(dim=1, keepdim=True).sqrt()
+    return 1 + weight * (distance / spread).clamp(max=1)
 
 
 def drop_conditions(

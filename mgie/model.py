@@ -21,7 +21,7 @@ from mgie.config import ObjectiveConfig
 from mgie.diffusion import LatentCodec, NoiseSchedule, UNetDenoiser
 from mgie.edit_head import EditHead
 from mgie.generation import gather_states
-from mgie.loss import Losses, combine, diffusion_loss, drop_conditions, language_loss, min_snr_weights
+from mgie.loss import Losses, change_weights, combine, diffusion_loss, drop_conditions, language_loss, min_snr_weights
 from mgie.mllm import MLLM
 
 PUBLISHED_OBJECTIVE = ObjectiveConfig()
@@ -141,23 +141,27 @@ class DiffusionHalf(nn.Module):
     ) -> Float[Tensor, ""]:
         """L_edit under the condition, some of it dropped."""
         goal, source = self.latents(images, draws.posterior_noise)
+        place_weights = None
+        if self.objective.change_weight:
+            place_weights = change_weights(goal / self.codec.scaling_factor, source, self.objective.change_weight)
         condition, source = drop_conditions(
             condition, null_condition, source, draws.dropout_u, share=self.objective.condition_dropout
         )
-        noise, timesteps = draws.noise.to(goal.dtype), draws.timesteps
+        noise = draws.noise.to(goal.dtype)
+        timesteps = self.schedule.shift(draws.timesteps, self.objective.timestep_shift)
         prediction = self.predict(self.schedule.add_noise(goal, noise, timesteps), source, timesteps, condition)
         gamma, weights = self.objective.min_snr_gamma, None
         if gamma:
             weights = min_snr_weights(self.schedule.snr(timesteps), gamma, self.schedule.prediction_type)
         target = self.schedule.target(goal, noise, timesteps)
-        return diffusion_loss(prediction, target, weights=weights, num_samples=num_samples)
+        return diffusion_loss(prediction, target, weights=weights, place_weights=place_weights, num_samples=num_samples)
 
 
 class MGIE(DiffusionHalf):
     """MGIE end to end.
 
-    Trained: word embeddings, LM head, edit head, UNet. Frozen: LLaMA's blocks and norm, projector, vision
-    tower, VAE (gradients still flow through the LLM to the embeddings).
+    Trained: word embeddings, LM head, edit head, UNet. Frozen: projector, vision tower, VAE, and LLaMA's blocks and
+    norm unless `trains_language` (gradients flow through them to the embeddings in any case).
     """
 
     def __init__(
@@ -176,11 +180,13 @@ class MGIE(DiffusionHalf):
         self.shares_prefix = True
         "whether the tokens that all rows of a batch begin with pass the LLM once, see `MLLM.forward_shared`"
 
-    def freeze(self) -> None:
+    def freeze(self, *, trains_language: bool = False) -> None:
         """Marks what trains and what does not."""
         self.requires_grad_(requires_grad=False)
         for part in (self.mllm.llm.model.embed_tokens, self.mllm.llm.lm_head, self.edit_head, self.unet):
             part.requires_grad_(requires_grad=True)
+        if trains_language:
+            self.mllm.llm.requires_grad_(requires_grad=True)
 
     def hidden(self, words: Conversations) -> Float[Tensor, "B T D"]:
         """Teacher-forced hidden states."""
@@ -220,7 +226,7 @@ class MGIE(DiffusionHalf):
 
 
 class InstructPix2Pix(DiffusionHalf):
-    """The UNet on the embedding of words by a frozen CLIP text encoder.
+    """The UNet on the embedding of words by a CLIP text encoder, frozen unless `trains_language`.
 
     Source: Brooks et al., CVPR 2023. With expressive instructions as words it is the paper's FT.
 
@@ -244,10 +250,12 @@ class InstructPix2Pix(DiffusionHalf):
         self.text_encoder = text_encoder
         self.register_buffer("null_ids", null_ids, persistent=False)
 
-    def freeze(self) -> None:
+    def freeze(self, *, trains_language: bool = False) -> None:
         """Marks what trains and what does not."""
         self.requires_grad_(requires_grad=False)
         self.unet.requires_grad_(requires_grad=True)
+        if trains_language:
+            self.text_encoder.requires_grad_(requires_grad=True)
 
     def forward(
         self,
@@ -258,8 +266,7 @@ class InstructPix2Pix(DiffusionHalf):
         num_samples: int | None = None,
     ) -> Losses:
         """L_edit of a batch; L_ins is 0."""
-        with torch.no_grad():
-            ids = torch.cat([cast(EncoderWords, batch.words).input_ids, self.null_ids])
-            states: Any = self.text_encoder(input_ids=ids).last_hidden_state
+        ids = torch.cat([cast(EncoderWords, batch.words).input_ids, self.null_ids])
+        states: Any = self.text_encoder(input_ids=ids).last_hidden_state
         edit = self.edit_loss(batch.images, draws, states[:-1], states[-1:], num_samples)
         return combine(torch.zeros_like(edit), edit, edit_weight=1.0)

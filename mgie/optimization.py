@@ -17,6 +17,7 @@ from mgie.config import OptimizerConfig
 from mgie.errors import DataError
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_LLM_PARTS = ("mllm.llm.model.layers.", "mllm.llm.model.norm.")
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,13 @@ class Optimization:
             eps=config.eps,
             fused=True,
         )
-        self._peaks = {"tokens": config.lr_tokens, "edit_head": config.lr_edit_head, "unet": config.lr_unet}
+        self._peaks = {
+            "tokens": config.lr_tokens,
+            "llm": config.lr_llm,
+            "edit_head": config.lr_edit_head,
+            "unet": config.lr_unet,
+            "text_encoder": config.lr_text_encoder,
+        }
         self.average = {name: p.detach().clone() for name, p in self._parameters.items()} if config.ema_decay else {}
 
     @property
@@ -162,7 +169,9 @@ class Optimization:
 def _part(name: str) -> str:
     """What a parameter belongs to, for its learning rate."""
     part = name.split(".", 1)[0]
-    return "tokens" if part == "mllm" else part
+    if part != "mllm":
+        return part
+    return "llm" if name.startswith(_LLM_PARTS) else "tokens"
 
 
 def _check_names(what: str, found: Iterable[str], expected: Iterable[str]) -> None:

@@ -63,7 +63,11 @@ def question(instruction: str, num_patches: int, *, for_data: bool = False) -> l
             that does not see the image.
         for_data: The wording of data generation, which asks for a short paragraph.
     """
-    asked = QUESTION.format(instruction=instruction) + (DATA_SUFFIX if for_data else "")
+    return ask(QUESTION.format(instruction=instruction) + (DATA_SUFFIX if for_data else ""), num_patches)
+
+
+def ask(asked: str, num_patches: int) -> list[Segment]:
+    """A conversation that begins with any question, up to and including `ASSISTANT:`; `num_patches` as in `question`."""
     if not num_patches:
         return [f"{SYSTEM} USER: {asked} ASSISTANT:"]
     return [
@@ -89,9 +93,15 @@ def encode_answered(
         max_length: Cuts ids and labels to this length, as the published training does; the visual tokens
             may then be lost, and `visual_start` is None unless `[IMG0]` itself is left.
     """
-    asked = question(instruction, num_patches)
+    return encode_answer(tokenizer, question(instruction, num_patches), expressive, max_length=max_length)
+
+
+def encode_answer(
+    tokenizer: Tokenizer, asked: list[Segment], answer: str, *, max_length: int | None = None
+) -> EncodedPrompt:
+    """A question of `ask` with its answer, and visual tokens where the vocabulary has them; see `encode_answered`."""
     num_visual = len(tokenizer.visual_ids)
-    head = [*asked, f" {expressive} " if num_visual else f" {expressive}"]
+    head = [*asked, f" {answer} " if num_visual else f" {answer}"]
     visual: list[Segment] = [segment for i in range(num_visual) for segment in (Control(visual_token(i)), " ")][:-1]
     # Encoding the text up to `ASSISTANT:` alone gives a prefix of the whole: pieces do not reach over white space.
     answer_start = _common_prefix(tokenizer.encode(asked), tokenizer.encode(head))

@@ -15,7 +15,7 @@ is drawn per sample on the CPU in float32, so a seed means the same noise on eve
 Knows nothing of images, text, the VAE, or who calls: the caller owns the list of states and may change it
 between any two steps.
 
-Axes: B samples, S steps, h w latent height and width, Q condition tokens, C condition width.
+Axes: B samples, S steps, c latent channels, h w latent height and width, Q condition tokens, C condition width.
 """
 
 import json
@@ -110,9 +110,9 @@ class SampleState:
     Tensors are replaced, never written into: one that a caller took from here stays as it was.
     """
 
-    latents: Float[Tensor, "4 h w"]
+    latents: Float[Tensor, "c h w"]
     "current noisy latents, float32, in the sampler's own scaling; the edited latents when `is_done`"
-    image_latents: Float[Tensor, "4 h w"]
+    image_latents: Float[Tensor, "c h w"]
     "source image, VAE posterior mode, not scaled"
     condition: Float[Tensor, "Q C"]
     "text condition"
@@ -128,7 +128,7 @@ class SampleState:
     "on the CPU; has given the initial latents and one draw per step so far"
     step: int = 0
     "steps done"
-    predicted_x0: Float[Tensor, "4 h w"] | None = None
+    predicted_x0: Float[Tensor, "c h w"] | None = None
     "the clean latents as the last step predicted them: shown as previews, remembered by the multistep sampler"
     given_noise: Iterator[Tensor] | None = field(default=None, repr=False)
     "step noise [4, h, w] to take in place of the generator's (comparing with recorded runs)"
@@ -331,7 +331,7 @@ def _dpmpp_2m_steps(
 
 def start(
     *,
-    image_latents: Float[Tensor, "4 h w"],
+    image_latents: Float[Tensor, "c h w"],
     condition: Float[Tensor, "Q C"],
     null_condition: Float[Tensor, "Q C"],
     schedule: Schedule,
@@ -389,7 +389,7 @@ def denoise_step(denoiser: Denoiser, states: Sequence[SampleState]) -> None:
     if not states:
         return
     _check_fit(states)
-    latents = torch.stack([state.latents for state in states])  # [B, 4, h, w]
+    latents = torch.stack([state.latents for state in states])  # [B, c, h, w]
     rows = torch.stack([state.schedule.coefficients[state.step] for state in states]).to(latents.device)
     columns = rows[:, :, None, None, None].unbind(1)  # 7 x [B, 1, 1, 1]
     input_scale, x0_from_latents, x0_from_output, keep, to_x0, to_previous_x0, noise_scale = columns
@@ -432,7 +432,7 @@ def sample(denoiser: Denoiser, states: Sequence[SampleState]) -> None:
         denoise_step(denoiser, pending)
 
 
-def _draw(state: SampleState) -> Float[Tensor, "4 h w"]:
+def _draw(state: SampleState) -> Float[Tensor, "c h w"]:
     """The sample's noise for this step, on the CPU; zeros, without a draw, where its sampler takes none."""
     if not state.schedule.draws_noise:
         return torch.zeros(state.latents.shape, dtype=torch.float32, device="cpu")

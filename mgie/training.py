@@ -90,7 +90,8 @@ def load_training_model(bundle: Bundle, config: TrainingConfig, *, device: str =
     side_px = training_side_px(bundle, config)
     make = _text_model if config.variant in _TEXT_VARIANTS else _mllm_model
     model, collate, clip_pixels = make(bundle, config)
-    model.freeze()
+    optimizer = config.optimizer
+    model.freeze(trains_language=bool(optimizer.lr_llm if isinstance(model, MGIE) else optimizer.lr_text_encoder))
     if config.variant == "fz":
         model.requires_grad_(requires_grad=False)
     if config.dtype == "float64":

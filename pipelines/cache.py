@@ -39,7 +39,7 @@ from mgie.latent_cache import (
     list_shards,
     write_shard,
 )
-from mgie.ledger import images_root, read_ledger, split_rows
+from mgie.ledger import images_root, read_edits, split_rows
 from pipelines.caching import CACHED_SCHEMA, EncodeLatents, FetchSquares, cache_spec
 from pipelines.cluster import StageSize, cause_of, check_cluster, check_shared, start_ray
 from pipelines.lease import hold_lease
@@ -63,7 +63,7 @@ class CacheConfig:
     """Fills the caches that training reads instead of running the frozen encoders."""
 
     ledger: str = "out/ledger"
-    "ledger folder, local or s3://"
+    "ledger or manifest folder, local or s3://"
     out: str = "out/cache"
     "folder for the caches, local or s3://"
     images: str | None = None
@@ -152,7 +152,7 @@ def cache(config: CacheConfig, *, console: Console | None = None) -> Outcome:
 
 
 def _num_rows(ledger: Folder) -> int:
-    return sum(len(batch) for batch in read_ledger(ledger.filesystem, ledger.path, columns=["id"]))
+    return sum(len(batch) for batch in read_edits(ledger.filesystem, ledger.path, columns=["id"]))
 
 
 def _check_sizes(config: CacheConfig, specs: list[CacheSpec], num_rows: int, console: Console) -> None:
@@ -174,7 +174,7 @@ def _shards(out: Folder, spec: CacheSpec) -> dict[str, Shard]:
 
 def _plan(config: CacheConfig, ledger: Folder, out: Folder, done: Ids) -> int:
     """Writes the rows still to do, one row group per block; returns their number."""
-    batches = read_ledger(ledger.filesystem, ledger.path, columns=CACHED_SCHEMA.names)
+    batches = read_edits(ledger.filesystem, ledger.path, columns=CACHED_SCHEMA.names)
     new = (batch.filter(pa.array(~np.isin(batch.column("id").to_numpy(), done))) for batch in batches)
     out.delete(_WORK)  # of a run that was killed
     num_rows = 0

@@ -75,7 +75,7 @@ class TrainConfig:
     """Trains a bundle on ledgers."""
 
     ledger: tuple[str, ...] = ("out/ledger",)
-    "ledger folders, local or s3://"
+    "ledger folders, local or s3://; for ip2p, which reads no expressive instructions, manifests as well"
     weights: tuple[float, ...] = ()
     "relative shares of the ledgers in the samples; none = all rows alike often"
     out: str = "out/run"

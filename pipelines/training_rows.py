@@ -18,7 +18,7 @@ from pyarrow import fs as pafs
 
 from mgie.errors import DataError
 from mgie.examples import COLUMNS, TRAIN_FILE, VALIDATION_FILE, ExampleCounts, Examples, freeze_examples
-from mgie.ledger import images_root, read_ledger
+from mgie.ledger import images_root, read_edits
 from mgie.stores import patiently
 from pipelines.storage import Folder, fingerprint
 
@@ -88,7 +88,7 @@ def freeze_rows(
     frozen = []
     for number, ledger in enumerate(ledgers):
         root = images_root(ledger.filesystem, ledger.path, moved_to=images[number] if images else None)
-        batches = read_ledger(ledger.filesystem, ledger.path, columns=COLUMNS)
+        batches = read_edits(ledger.filesystem, ledger.path, columns=COLUMNS)
         with tempfile.TemporaryDirectory(prefix="mgie-rows-") as local:
             counts = freeze_examples(
                 batches, Path(local), validation_share=validation_share, needs_expressive=needs_expressive

@@ -208,3 +208,31 @@ def test_denoiser_works_in_the_unet_s_own_dtype() -> None:
     got = UNetDenoiser(unet)(random_latents(1).repeat(1, 2, 1, 1), TIMESTEPS.float(), torch.randn(4, 3, 6))
     assert got.dtype == torch.bfloat16
     assert got.shape == (4, 4, 8, 8)
+
+
+def test_shifted_timesteps_follow_the_formula_and_a_factor_of_one_changes_nothing() -> None:
+    schedule = NoiseSchedule(SCHEDULER)
+    timesteps = torch.arange(1000)
+    assert torch.equal(schedule.shift(timesteps, 1.0), timesteps)
+    t = (timesteps.double() + 0.5) / 1000
+    shifted = schedule.shift(timesteps, 3.0)
+    assert torch.equal(shifted, (1000 * 3 * t / (1 + 2 * t)).floor().long())
+    assert int(shifted.min()) >= 0
+    assert int(shifted.max()) == 999
+    assert float(shifted.double().median()) == pytest.approx(750, abs=1)  # s / (s + 1) of the way
+
+
+def test_a_vae_of_blocks_sees_each_block_as_one_position() -> None:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        in_channels=12, out_channels=12, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=5,
+    ).eval()  # fmt: skip
+    codec, pixels = LatentCodec(vae), torch.rand(2, 3, 16, 24) * 2 - 1
+    assert codec.downsampling == 4
+    blocks = pixels.view(2, 3, 8, 2, 12, 2).permute(0, 1, 3, 5, 2, 4).reshape(2, 12, 8, 12)
+    with torch.no_grad():
+        mean, _ = codec.moments(pixels)
+        torch.testing.assert_close(mean, vae.encode(blocks).latent_dist.mean)
+        decoded = vae.decode(mean).sample.view(2, 3, 2, 2, 8, 12).permute(0, 1, 4, 2, 5, 3).reshape(2, 3, 16, 24)
+        torch.testing.assert_close(codec.decode(mean * codec.scaling_factor), decoded)

@@ -18,6 +18,7 @@ from mgie.ledger import (
     count_ledger,
     images_root,
     list_parquet,
+    read_edits,
     read_ledger,
     read_manifest,
     rejection,
@@ -52,6 +53,19 @@ def _write(folder: Path, name: str, rows: list[dict[str, Any]], schema: pa.Schem
 
 def _read(folder: Path, **options: Any) -> list[dict[str, Any]]:
     return [row for batch in read_ledger(LOCAL, str(folder), **options) for row in batch.to_pylist()]
+
+
+def test_edits_are_read_of_ledgers_and_of_manifests(tmp_path: Path) -> None:
+    columns = ["id", "expressive", "instruction"]
+    _write(tmp_path / "ledger", "a.parquet", [_row(1, expressive="Night."), _row(2, status="rejected")])
+    _write(tmp_path / "manifest", "a.parquet", [{**ROW, "id": 1}, {**ROW, "id": 2}], MANIFEST_SCHEMA)
+    read = {
+        name: [row for batch in read_edits(LOCAL, str(tmp_path / name), columns=columns) for row in batch.to_pylist()]
+        for name in ("ledger", "manifest")
+    }
+    words = {"instruction": "make it night"}
+    assert read["ledger"] == [{"id": 1, "expressive": "Night.", **words}]
+    assert read["manifest"] == [{"id": 1, "expressive": None, **words}, {"id": 2, "expressive": None, **words}]
 
 
 # ---- identity

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mgie.config import ObjectiveConfig
-from mgie.loss import combine, diffusion_loss, drop_conditions, language_loss, min_snr_weights
+from mgie.loss import change_weights, combine, diffusion_loss, drop_conditions, language_loss, min_snr_weights
 
 
 def test_language_loss_of_uniform_scores_is_the_log_of_the_vocabulary() -> None:
@@ -81,3 +81,19 @@ def test_dropout_rates_are_five_percent_each() -> None:
     text_off, image_off = text.flatten() == 0, image.flatten() == 0
     for rate in (text_off & ~image_off, text_off & image_off, ~text_off & image_off):
         assert rate.float().mean().item() == pytest.approx(0.05, abs=0.003)
+
+
+def test_changed_places_count_more_by_how_much_they_differ() -> None:
+    source = torch.tensor([[[[1.0, -1.0], [1.0, -1.0]], [[1.0, -1.0], [1.0, -1.0]]]])
+    spread = float(source.std())
+    goal = source + torch.tensor([[0.0, 0.5 * spread], [2.0 * spread, -spread]])
+    weights = change_weights(goal, source, weight=4.0)
+    torch.testing.assert_close(weights, torch.tensor([[[[1.0, 3.0], [5.0, 5.0]]]]))
+
+
+def test_place_weights_multiply_the_squared_errors() -> None:
+    torch.manual_seed(3)
+    prediction, target = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    weights = torch.rand(2, 1, 4, 4)
+    expected = ((prediction - target) ** 2 * weights).mean()
+    torch.testing.assert_close(diffusion_loss(prediction, target, place_weights=weights), expected)

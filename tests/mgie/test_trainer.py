@@ -22,12 +22,15 @@ from mgie.config import ObjectiveConfig, OptimizerConfig, TrainingConfig, Varian
 from mgie.convert import Sources, convert
 from mgie.errors import ConfigError, TrainingError
 from mgie.examples import Examples
+from mgie.export import export_bundle, read_trained
 from mgie.latent_cache import CacheSpec, LatentCache, encoder_identity, finish_cache, list_shards, write_shard
 from mgie.mllm import MLLM
 from mgie.model import DiffusionHalf, TrainingBatch
 from mgie.parallel import Alone
 from mgie.parity import _Comparison
+from mgie.snapshot import write_snapshot
 from mgie.tiny import ensure_bundle
+from mgie.tiny.recipe import EmbeddedName
 from mgie.trainer import StepRecord, Trainer, TrainerState, accumulate_gradients
 from mgie.training import load_training_model
 from tests.mgie.training_rows import draw_rows, make_trainer, open_rows
@@ -156,6 +159,14 @@ def test_min_snr_changes_the_edit_loss_alone(tiny_bundle: Bundle, rows: Examples
     assert weighted.instruction == plain.instruction
 
 
+def test_weight_on_changed_places_changes_the_edit_loss_alone(tiny_bundle: Bundle, rows: Examples) -> None:
+    config = replace(CONFIG, steps=1)
+    [plain], _ = _run(tiny_bundle, rows, config)
+    [weighted], _ = _run(tiny_bundle, rows, replace(config, objective=replace(CONFIG.objective, change_weight=4.0)))
+    assert plain.edit < weighted.edit < 5 * plain.edit
+    assert weighted.instruction == plain.instruction
+
+
 # ---- variants
 
 
@@ -174,6 +185,34 @@ def test_text_variants_train_the_unet_alone(variant: Variant, rows: Examples) ->
     records, trainer = _run(bundle, rows, replace(CONFIG, variant=variant, steps=3))
     assert {name.split(".")[0] for name in trainer.optimization.parameters} == {"unet"}
     assert all(r.instruction == 0 and r.loss == r.edit for r in records)
+
+
+@pytest.mark.parametrize(
+    ("variant", "rate", "part"),
+    [("e2e", "lr_llm", "mllm.llm.model.layers."), ("ip2p", "lr_text_encoder", "text_encoder.")],
+)
+def test_what_understands_words_trains_where_it_is_given_a_rate(
+    variant: Variant, rate: str, part: str, rows: Examples, tmp_path: Path
+) -> None:
+    bundle: EmbeddedName = "tiny" if variant == "e2e" else "tiny-ip2p"
+    opened = Bundle(ensure_bundle(bundle))
+    optimizer = replace(CONFIG.optimizer, **{rate: 1e-3}, ema_decay=0.0)
+    _, trainer = _run(opened, rows, replace(CONFIG, variant=variant, steps=2, optimizer=optimizer))
+    frozen = load_training_model(opened, replace(CONFIG, variant=variant), device="cpu").model
+    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad and name.startswith(part)}
+    assert trained
+    assert not any(p.requires_grad for name, p in frozen.named_parameters() if name.startswith(part))
+    before, after = dict(frozen.named_parameters()), dict(trainer.model.named_parameters())
+    assert any(not torch.equal(before[name], after[name]) for name in trained)
+    # And it is in the bundle that comes of it.
+    weights = trainer.optimization.weights()
+    snapshot = write_snapshot(
+        tmp_path / "step", step=2, variant=variant, base=opened.identity, base_bundle=bundle, config={}, data="",
+        data_names=(), metrics={}, trainable=weights, ema=None, optimizer={"step.x": torch.tensor(1.0)},
+    )  # fmt: skip
+    made = export_bundle(read_trained(snapshot.folder), opened, tmp_path / "bundle")
+    again = load_training_model(made, replace(CONFIG, variant=variant), device="cpu").model
+    assert all(torch.equal(p, after[name]) for name, p in again.named_parameters() if name in trained)
 
 
 def test_ft_reads_the_expressive_and_ip2p_the_brief_instruction(rows: Examples) -> None:

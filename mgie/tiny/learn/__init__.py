@@ -1,0 +1,9 @@
+"""How the embedded models learn what they do, on samples of the tiny world: one file per model.
+
+    corpus.py   the world's samples as arrays and texts, made once     loop.py   one resumable training loop
+    words.py    the tokenizers                                          vae.py    pictures <-> latents
+    clip.py     pictures and captions in one space                      llava.py  the MLLM: verbose and short answers
+    summarizer.py   verbose answers -> concise instructions
+
+UNet and edit head learn by the product's own training job. Knows nothing of Ray.
+"""

@@ -1,0 +1,110 @@
+"""One training loop for all stages: AdamW, warm-up and cosine, clipping, a moving average, resumable at any moment.
+
+A step is a function of the weights and its number: what it sees is drawn by a generator keyed by (seed, step). So a
+run that was stopped and goes on ends with the weights of one that was not.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from torch import Tensor, nn
+
+from mgie.optimization import learning_rate_factor
+
+_SECONDS_BETWEEN_SAVES = 120
+_STEPS_BETWEEN_LINES = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """How long and how fast a stage learns."""
+
+    steps: int
+    batch: int
+    "samples per step"
+    lr: float
+    "peak learning rate"
+    warmup: float = 0.03
+    "share of all steps in which the learning rate rises from 0"
+    weight_decay: float = 0.01
+    "decoupled, of matrices only"
+    beta2: float = 0.98
+    "decay of the second moment"
+    ema_decay: float = 0.999
+    "of the moving average of the weights, which is the result"
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    "of what each step sees"
+
+
+def learn(
+    model: nn.Module,
+    course: Course,
+    loss: Callable[[Generator], Mapping[str, Tensor]],
+    state_file: Path,
+    *,
+    log: Path | None = None,
+) -> None:
+    """Trains `model` in place; it ends with the moving average of its weights. Goes on from `state_file`.
+
+    Args:
+        loss: Draws a batch and gives the scalars to be recorded; what is minimised is called "loss".
+        state_file: Written every two minutes and at the end.
+        log: Gets a JSON line every 50 steps.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = [
+        {"params": [p for p in parameters.values() if (p.ndim > 1) == is_matrix], "weight_decay": decay}
+        for is_matrix, decay in ((True, course.weight_decay), (False, 0.0))
+    ]
+    adam = torch.optim.AdamW(groups, lr=course.lr, betas=(0.9, course.beta2), fused=True)
+    average = {name: p.detach().clone() for name, p in parameters.items()}
+    start = 0
+    if state_file.is_file():
+        state = torch.load(state_file, weights_only=True)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(state["weights"][name])
+                average[name].copy_(state["average"][name])
+        adam.load_state_dict(state["adam"])
+        start = state["step"]
+    state_file.parent.mkdir(parents=True, exist_ok=True)
+    model.train()
+    saved, began = time.monotonic(), time.monotonic()
+    for step in range(start, course.steps):
+        rng = np.random.default_rng([course.seed, step])
+        torch.manual_seed(int(rng.integers(2**62)))
+        scalars = loss(rng)
+        scalars["loss"].backward()
+        norm = nn.utils.clip_grad_norm_(parameters.values(), course.max_grad_norm)
+        for group in adam.param_groups:
+            group["lr"] = course.lr * learning_rate_factor(step, course.steps, course.warmup)
+        adam.step()
+        adam.zero_grad()
+        decay = min(course.ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], 1 - decay)
+        if log is not None and (step % _STEPS_BETWEEN_LINES == 0 or step == course.steps - 1):
+            rate = (step + 1 - start) / (time.monotonic() - began)
+            line = {"step": step, "steps_per_s": rate, "norm": norm.item(), **{k: v.item() for k, v in scalars.items()}}
+            with log.open("a") as out:
+                out.write(json.dumps(line) + "\n")
+        if time.monotonic() - saved > _SECONDS_BETWEEN_SAVES or step == course.steps - 1:
+            weights = {name: p.detach() for name, p in parameters.items()}
+            _save({"weights": weights, "average": average, "adam": adam.state_dict(), "step": step + 1}, state_file)
+            saved = time.monotonic()
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(average[name])
+    model.eval()
+
+
+def _save(state: Mapping[str, object], path: Path) -> None:
+    draft = path.with_name(f".{path.name}")
+    torch.save(state, draft)
+    draft.replace(path)

@@ -1,0 +1,234 @@
+#!/usr/bin/env python
+"""Nothing -> the embedded bundles: makes the tiny world and trains every tiny model on it. `make tiny` runs it.
+
+    world -> pictures and words -> VAE, CLIP -> LLaVA -> Flan-T5 -> InstructPix2Pix
+          -> labels (pipelines/summarize.py by those very models) -> MGIE end to end (pipelines/train.py)
+
+Each stage is a command, which is shown, with a folder of its own that is named by a hash of all that decides what is in
+it: its command, the files of code that it runs, and the stages that it reads. So the same command goes on where it was
+stopped, and after a change makes again what the change concerns. Seeds are fixed. On two cores it takes about
+three hours; `--share 0.1` runs a tenth of the samples and steps, for a trial.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from mgie.errors import ConfigError, MGIEError
+from mgie.tiny.learn.__main__ import num_samples
+
+ROOT = Path(__file__).resolve().parents[1]
+_DONE = "done.json"
+_LEARN = ("-m", "mgie.tiny.learn")
+_EXPORT = ("-c", "from mgie.cli import main; main()", "export")
+_WORLD = ("mgie/tiny/world",)
+_LOOP = ("mgie/tiny/learn/loop.py", "mgie/tiny/learn/corpus.py")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyConfig:
+    """Trains the embedded bundles."""
+
+    work: Path = Path("out/tiny")
+    "where the stages are kept, about 6 GB"
+    share: float = 1.0
+    "of samples and steps: 0.1 for a trial"
+    parallel: int = 2
+    "stages at a time, one CPU each"
+    until: str = ""
+    "the last stage to run, with all that it needs; none: all"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ConfigError(f"share is {self.share}; it must be above 0 and at most 1", param="share")
+        if self.parallel < 1:
+            raise ConfigError(f"parallel is {self.parallel}; it must be at least 1", param="parallel")
+        if self.until and self.until not in STAGES:
+            raise ConfigError(f"until is {self.until!r}; it must be one of {', '.join(STAGES)}", param="until")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One command of the recipe."""
+
+    arguments: tuple[str, ...]
+    "of python; {out} is the stage's folder, {NAME} that of an earlier stage, {NUMBER*share} a scaled number"
+    needs: tuple[str, ...] = ()
+    "stages that must be done before"
+    code: tuple[str, ...] = ()
+    "files and folders of code whose change makes the result another"
+
+
+def _learn(stage: str, *needs: str, code: Sequence[str] = ()) -> Stage:
+    given = [part for name in needs for part in (f"--{name}", f"{{{name}}}")]
+    arguments = (*_LEARN, "--stage", stage, "--out", "{out}", "--share", "{share}", *given)
+    return Stage(arguments=arguments, needs=needs, code=tuple(code))
+
+
+_TRAIN = (
+    "pipelines/train.py", "--workers.num", "1", "--threads", "1", "--loader-threads", "1", "--checkpoint-every", "200",
+    "--validate-every", "500", "--sample-every", "500", "--sample-steps", "8", "--training.dtype", "bfloat16",
+    "--training.optimizer.beta2", "0.98", "--training.optimizer.weight-decay", "0.01",
+    "--training.objective.timestep-shift", "3.0", "--training.objective.change-weight", "4.0",
+)  # fmt: skip
+
+STAGES: Mapping[str, Stage] = {
+    "corpus": _learn("corpus", code=_WORLD),
+    "raw": _learn("raw", code=_WORLD),
+    "vae": _learn("vae", "corpus", code=(*_LOOP, "mgie/tiny/learn/vae.py")),
+    "clip": _learn("clip", "corpus", code=(*_LOOP, "mgie/tiny/learn/clip.py", "mgie/tiny/learn/words.py")),
+    "llava": _learn("llava", "corpus", "clip", code=(*_LOOP, "mgie/tiny/learn/llava.py")),
+    "summarizer": _learn("summarizer", "corpus", code=(*_LOOP, "mgie/tiny/learn/summarizer.py")),
+    "ip2p-start": _learn("ip2p-start", "clip", "vae", code=("mgie/tiny/learn/editor.py",)),
+    "manifest": Stage(
+        arguments=("pipelines/prepare.py", "--input", "{raw}", "--layout", "parquet", "--dataset", "tiny-world",
+                   "--keeps-near-duplicates", "--out", "{out}/run"),
+        needs=("raw",),
+    ),
+    "cache": Stage(
+        arguments=("pipelines/cache.py", "--ledger", "{manifest}/run/manifest", "--bundle", "{ip2p-start}/bundle",
+                   "--out", "{out}/cache"),
+        needs=("manifest", "ip2p-start"),
+    ),
+    "ip2p": Stage(
+        arguments=(*_TRAIN, "--training.variant", "ip2p", "--ledger", "{manifest}/run/manifest", "--cache",
+                   "{cache}/cache", "--init", "{ip2p-start}/bundle", "--out", "{out}/run",
+                   "--training.steps", "{5000*share}", "--training.global-batch", "32", "--training.micro-batch", "32",
+                   "--training.optimizer.lr-unet", "1e-3", "--training.optimizer.lr-text-encoder", "3e-4"),
+        needs=("manifest", "cache", "ip2p-start"),
+    ),
+    "ip2p-bundle": Stage(
+        arguments=(*_EXPORT, "{ip2p}/run", "--out", "{out}/bundle", "--name", "ip2p-tiny"),
+        needs=("ip2p",),
+    ),
+    "ledger": Stage(
+        arguments=("pipelines/summarize.py", "--manifest", "{manifest}/run/manifest", "--describe-model",
+                   "{llava}/bundle", "--summarize-model", "{summarizer}/bundle", "--preset", "fast", "--out",
+                   "{out}/ledger"),
+        needs=("manifest", "llava", "summarizer"),
+    ),
+    "mgie-start": Stage(
+        arguments=(*_LEARN, "--stage", "mgie-start", "--out", "{out}", "--llava", "{llava}", "--vae", "{vae}",
+                   "--ip2p", "{ip2p-bundle}/bundle"),
+        needs=("llava", "vae", "ip2p-bundle"),
+        code=("mgie/tiny/learn/editor.py",),
+    ),
+    "mgie": Stage(
+        arguments=(*_TRAIN, "--training.variant", "e2e", "--ledger", "{ledger}/ledger", "--cache", "{cache}/cache",
+                   "--init", "{mgie-start}/bundle", "--out", "{out}/run", "--training.steps", "{5000*share}",
+                   "--training.global-batch", "32", "--training.micro-batch", "16",
+                   "--training.optimizer.lr-tokens", "5e-4", "--training.optimizer.lr-edit-head", "1e-3",
+                   "--training.optimizer.lr-unet", "5e-4"),
+        needs=("ledger", "cache", "mgie-start"),
+    ),
+    "mgie-bundle": Stage(
+        arguments=(*_EXPORT, "{mgie}/run", "--out", "{out}/bundle", "--name", "mgie-tiny"),
+        needs=("mgie",),
+    ),
+}  # fmt: skip
+
+
+def folders(config: TinyConfig) -> dict[str, Path]:
+    """Each stage's folder, by all that decides what is in it."""
+    found: dict[str, Path] = {}
+    for name, stage in STAGES.items():
+        parts = [_command(stage, {**found, "out": Path()}, config.share), *(_content(path) for path in stage.code)]
+        digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:10]
+        found[name] = config.work / f"{name}-{digest}"
+    return found
+
+
+def make(config: TinyConfig, *, console: Console) -> dict[str, Path]:
+    """Runs all stages that are not done; returns the folders.
+
+    Raises:
+        MGIEError: A stage failed; those that were running at the same time have ended, too.
+    """
+    places = folders(config)
+    wanted = _needed(config.until) if config.until else set(STAGES)
+    waiting = [name for name in STAGES if name in wanted and not (places[name] / _DONE).is_file()]
+    running: dict[Future[None], str] = {}
+    with ThreadPoolExecutor(config.parallel) as pool:
+        while waiting or running:
+            for name in list(waiting):
+                is_ready = all((places[need] / _DONE).is_file() for need in STAGES[name].needs)
+                if is_ready and len(running) < config.parallel:
+                    waiting.remove(name)
+                    running[pool.submit(_run, name, places, config.share, console)] = name
+            ended, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in ended:
+                running.pop(future)
+                future.result()
+    return places
+
+
+def _needed(name: str) -> set[str]:
+    return {name}.union(*(_needed(need) for need in STAGES[name].needs))
+
+
+def _run(name: str, places: Mapping[str, Path], share: float, console: Console) -> None:
+    out = places[name]
+    out.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, *_command(STAGES[name], {**places, "out": out}, share)]
+    console.print(f"[bold]{name}[/]: {shlex.join(['python', *command[1:]])}", soft_wrap=True)
+    began = time.monotonic()
+    with (out / "output.txt").open("ab") as output:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(  # noqa: S603  # our own commands
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False
+        )
+    if done.returncode:
+        raise MGIEError(f"stage {name} failed with status {done.returncode}; its output is in {out / 'output.txt'}")
+    seconds = time.monotonic() - began
+    (out / _DONE).write_text(json.dumps({"seconds": round(seconds, 1), "command": command[1:]}, indent=1) + "\n")
+    console.print(f"[bold]{name}[/]: done in {seconds / 60:.1f} min")
+
+
+def _command(stage: Stage, places: Mapping[str, Path], share: float) -> list[str]:
+    """The arguments with folders and numbers filled in."""
+
+    def fill(argument: str) -> str:
+        if argument.endswith("*share}"):
+            return str(max(1, round(int(argument[1 : argument.index("*")]) * share)))
+        filled = argument.replace("{share}", str(share))
+        for name, place in places.items():
+            filled = filled.replace(f"{{{name}}}", str(place))
+        return filled
+
+    return [fill(argument) for argument in stage.arguments]
+
+
+def _content(path: str) -> str:
+    """Hash of a file, or of all files of a folder."""
+    files = sorted((ROOT / path).rglob("*.py")) if (ROOT / path).is_dir() else [ROOT / path]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def main(config: TinyConfig) -> int:
+    """Runs the recipe; returns the exit status."""
+    console = Console()
+    console.print(f"{num_samples(config.share)} samples, share {config.share} of all steps, in {config.work}")
+    try:
+        config = dataclasses.replace(config, work=config.work.resolve())
+        places = make(config, console=console)
+    except (MGIEError, OSError) as error:
+        console.print(f"error: {error}", style="red", soft_wrap=True)
+        return 1
+    console.print(f"bundle: {places['mgie-bundle'] / 'bundle'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(TinyConfig, description=__doc__)))

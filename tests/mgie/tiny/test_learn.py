@@ -1,0 +1,123 @@
+"""The recipe's own parts: exact resuming, corpora that grow, tokenizers without chance, latents of one size."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.random import Generator
+from torch import Tensor, nn
+
+from mgie.diffusion import LatentCodec
+from mgie.tiny.learn import clip, corpus, vae
+from mgie.tiny.learn.corpus import Corpus
+from mgie.tiny.learn.loop import Course, learn
+from mgie.tiny.learn.words import clip_tokenizer, llama_tokenizer
+from mgie.tiny.world import make_sample
+
+TEXTS = ["make it night", "the red house would be blue", "a tree, a lamp and a green house on a meadow", "night!"] * 9
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """Six samples in shards of three."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(corpus, "SHARD_SAMPLES", 3)
+    made = Corpus(tmp_path_factory.mktemp("corpus"), 6, seed=7)
+    made.make()
+    return made
+
+
+def test_a_corpus_holds_the_world_s_samples(samples: Corpus) -> None:
+    for number in (0, 5):
+        sample = make_sample(7, "train", number)
+        assert np.array_equal(samples.sources(np.array([number]))[0], sample.source_pixels)
+        assert np.array_equal(samples.goals(np.array([number]))[0], sample.goal_pixels)
+        assert samples.words[number].expressive == sample.expressive
+    assert len(samples.words) == 6
+
+
+def test_a_corpus_goes_on_from_a_shorter_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "SHARD_SAMPLES", 1)
+    Corpus(tmp_path, 1, seed=7).make()
+    [first] = tmp_path.iterdir()
+    written = (first / "sources.npy").stat().st_mtime_ns
+    Corpus(tmp_path, 2, seed=7).make()
+    assert len(list(tmp_path.iterdir())) == 2
+    assert (first / "sources.npy").stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match="multiple"):
+        Corpus(tmp_path, 0, seed=7)
+
+
+class _Stopped(Exception):
+    pass
+
+
+def test_a_stopped_stage_ends_with_the_weights_of_an_undisturbed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mgie.tiny.learn.loop._SECONDS_BETWEEN_SAVES", 0)
+    course = Course(steps=12, batch=4, lr=1e-2, seed=3)
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def run(trained: nn.Module, state: Path, stop_at: int = -1) -> dict[str, Tensor]:
+        calls = 0
+
+        def loss(rng: Generator) -> dict[str, Tensor]:
+            nonlocal calls
+            if calls == stop_at:
+                raise _Stopped
+            calls += 1
+            inputs = torch.from_numpy(rng.standard_normal((course.batch, 3))).float() + 0.1 * torch.randn(4, 3)
+            return {"loss": (trained(inputs) - inputs.sum(1, keepdim=True)).square().mean()}
+
+        learn(trained, course, loss, state, log=tmp_path / "log.jsonl")
+        return {name: value.clone() for name, value in trained.state_dict().items()}
+
+    whole = run(model(), tmp_path / "whole.pt")
+    with pytest.raises(_Stopped):
+        run(model(), tmp_path / "part.pt", stop_at=5)
+    resumed = run(model(), tmp_path / "part.pt")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert any(not torch.equal(whole[name], value) for name, value in model().state_dict().items())
+
+
+def test_the_vae_s_latents_have_mean_zero_and_variance_one_and_decode_as_before(samples: Corpus) -> None:
+    torch.manual_seed(1)
+    model = vae.new_vae().eval()
+    codec = LatentCodec(model)
+    pixels = vae.to_signed_batch(samples.sources(np.arange(6)))
+    with torch.no_grad():
+        mean, logvar = codec.moments(pixels)
+        spread = (0.5 * logvar).exp() / mean.std(dim=(0, 2, 3), keepdim=True)
+        before = codec.decode(mean * codec.scaling_factor)
+        vae._standardize(model, mean)
+        mean, logvar = codec.moments(pixels)
+        torch.testing.assert_close(mean.mean(dim=(0, 2, 3)), torch.zeros(8), atol=1e-4, rtol=0)
+        torch.testing.assert_close(mean.std(dim=(0, 2, 3)), torch.ones(8), atol=1e-3, rtol=0)
+        torch.testing.assert_close((0.5 * logvar).exp(), spread, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(codec.decode(mean * codec.scaling_factor), before, atol=1e-3, rtol=1e-3)
+
+
+def test_stages_learn_from_the_corpus(samples: Corpus, tmp_path: Path) -> None:
+    course = dataclasses.replace(vae.COURSE, steps=2, batch=2)
+    made = vae.learn_vae(samples, tmp_path / "vae.pt", course=course)
+    torch.manual_seed(course.seed)
+    first = vae.new_vae().state_dict()
+    assert any(not torch.equal(value, first[name]) for name, value in made.state_dict().items())
+    tokenizer = clip_tokenizer(TEXTS, 60)
+    course = dataclasses.replace(clip.COURSE, steps=1, batch=4)
+    model = clip.learn_clip(samples, tokenizer, tmp_path / "clip.pt", course=course)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_tokenizers_are_functions_of_the_texts() -> None:
+    assert clip_tokenizer(TEXTS, 60).get_vocab() == clip_tokenizer(list(TEXTS), 60).get_vocab()
+    first, second = llama_tokenizer(TEXTS, 300), llama_tokenizer(TEXTS, 300)
+    ids = first.encode_plain("the red house, and something new: \u00e4")
+    assert ids == second.encode_plain("the red house, and something new: \u00e4")
+    assert first.decode(ids).strip() == "the red house, and something new: \u00e4"
