@@ -9,13 +9,14 @@ PYTHON      ?= python3
 PIP_ARGS    ?=
 PYTEST_ARGS ?=
 SERVE_ARGS  ?= --keep
+TINY_ARGS   ?=
 
 BIN := .venv/bin
 # One stamp per content of the two files that decide what is installed: editing either runs the setup again.
 STAMP := .venv/.setup-$(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast lint bench lock
+.PHONY: help setup demo serve test test-fast lint tiny bench lock
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -52,6 +53,9 @@ lint: $(STAMP) ## ruff (rules and format) and mypy, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+tiny: $(STAMP) ## train the embedded models from nothing: hours; TINY_ARGS="--share 0.1" for a trial
+	$(BIN)/python -m pipelines.tiny $(TINY_ARGS)
 
 bench: $(STAMP) ## run every benchmark in benchmarks/
 	@set -e; for script in benchmarks/*.py; do \
