@@ -4,22 +4,13 @@
     world -> pictures and words -> VAE, CLIP -> LLaVA -> Flan-T5 -> InstructPix2Pix
           -> labels (pipelines/summarize.py by those very models) -> MGIE end to end (pipelines/train.py)
 
-Each stage is a command, which is shown, with a folder of its own that is named by a hash of all that decides what is in
-it: its command, the files of code that it runs, and the stages that it reads. So the same command goes on where it was
-stopped, and after a change makes again what the change concerns. Seeds are fixed. On two cores it takes about
-three hours; `--share 0.1` runs a tenth of the samples and steps, for a trial.
+Each stage is a command, which is shown (`pipelines/recipe.py`). The same command goes on where it was stopped, and after
+a change makes again what the change concerns. Seeds are fixed. On two cores it takes about three hours;
+`--share 0.1` runs a tenth of the samples and steps, for a trial.
 """
 
-import dataclasses
-import hashlib
-import json
-import os
-import shlex
-import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,9 +19,8 @@ from rich.console import Console
 
 from mgie.errors import ConfigError, MGIEError
 from mgie.tiny.learn.__main__ import num_samples
+from pipelines.recipe import Stage, make
 
-ROOT = Path(__file__).resolve().parents[1]
-_DONE = "done.json"
 _LEARN = ("-m", "mgie.tiny.learn")
 _EXPORT = ("-c", "from mgie.cli import main; main()", "export")
 _WORLD = ("mgie/tiny/world",)
@@ -57,18 +47,6 @@ class TinyConfig:
             raise ConfigError(f"parallel is {self.parallel}; it must be at least 1", param="parallel")
         if self.until and self.until not in STAGES:
             raise ConfigError(f"until is {self.until!r}; it must be one of {', '.join(STAGES)}", param="until")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One command of the recipe."""
-
-    arguments: tuple[str, ...]
-    "of python; {out} is the stage's folder, {NAME} that of an earlier stage, {NUMBER*share} a scaled number"
-    needs: tuple[str, ...] = ()
-    "stages that must be done before"
-    code: tuple[str, ...] = ()
-    "files and folders of code whose change makes the result another"
 
 
 def _learn(stage: str, *needs: str, code: Sequence[str] = ()) -> Stage:
@@ -140,89 +118,19 @@ STAGES: Mapping[str, Stage] = {
 }  # fmt: skip
 
 
-def folders(config: TinyConfig) -> dict[str, Path]:
-    """Each stage's folder, by all that decides what is in it."""
-    found: dict[str, Path] = {}
-    for name, stage in STAGES.items():
-        parts = [_command(stage, {**found, "out": Path()}, config.share), *(_content(path) for path in stage.code)]
-        digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:10]
-        found[name] = config.work / f"{name}-{digest}"
-    return found
-
-
-def make(config: TinyConfig, *, console: Console) -> dict[str, Path]:
-    """Runs all stages that are not done; returns the folders.
-
-    Raises:
-        MGIEError: A stage failed; those that were running at the same time have ended, too.
-    """
-    places = folders(config)
-    wanted = _needed(config.until) if config.until else set(STAGES)
-    waiting = [name for name in STAGES if name in wanted and not (places[name] / _DONE).is_file()]
-    running: dict[Future[None], str] = {}
-    with ThreadPoolExecutor(config.parallel) as pool:
-        while waiting or running:
-            for name in list(waiting):
-                is_ready = all((places[need] / _DONE).is_file() for need in STAGES[name].needs)
-                if is_ready and len(running) < config.parallel:
-                    waiting.remove(name)
-                    running[pool.submit(_run, name, places, config.share, console)] = name
-            ended, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in ended:
-                running.pop(future)
-                future.result()
-    return places
-
-
-def _needed(name: str) -> set[str]:
-    return {name}.union(*(_needed(need) for need in STAGES[name].needs))
-
-
-def _run(name: str, places: Mapping[str, Path], share: float, console: Console) -> None:
-    out = places[name]
-    out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, *_command(STAGES[name], {**places, "out": out}, share)]
-    console.print(f"[bold]{name}[/]: {shlex.join(['python', *command[1:]])}", soft_wrap=True)
-    began = time.monotonic()
-    with (out / "output.txt").open("ab") as output:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(  # noqa: S603  # our own commands
-            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False
-        )
-    if done.returncode:
-        raise MGIEError(f"stage {name} failed with status {done.returncode}; its output is in {out / 'output.txt'}")
-    seconds = time.monotonic() - began
-    (out / _DONE).write_text(json.dumps({"seconds": round(seconds, 1), "command": command[1:]}, indent=1) + "\n")
-    console.print(f"[bold]{name}[/]: done in {seconds / 60:.1f} min")
-
-
-def _command(stage: Stage, places: Mapping[str, Path], share: float) -> list[str]:
-    """The arguments with folders and numbers filled in."""
-
-    def fill(argument: str) -> str:
-        if argument.endswith("*share}"):
-            return str(max(1, round(int(argument[1 : argument.index("*")]) * share)))
-        filled = argument.replace("{share}", str(share))
-        for name, place in places.items():
-            filled = filled.replace(f"{{{name}}}", str(place))
-        return filled
-
-    return [fill(argument) for argument in stage.arguments]
-
-
-def _content(path: str) -> str:
-    """Hash of a file, or of all files of a folder."""
-    files = sorted((ROOT / path).rglob("*.py")) if (ROOT / path).is_dir() else [ROOT / path]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
 def main(config: TinyConfig) -> int:
     """Runs the recipe; returns the exit status."""
     console = Console()
     console.print(f"{num_samples(config.share)} samples, share {config.share} of all steps, in {config.work}")
     try:
-        config = dataclasses.replace(config, work=config.work.resolve())
-        places = make(config, console=console)
+        places = make(
+            STAGES,
+            config.work.resolve(),
+            share=config.share,
+            parallel=config.parallel,
+            console=console,
+            until=config.until,
+        )
     except (MGIEError, OSError) as error:
         console.print(f"error: {error}", style="red", soft_wrap=True)
         return 1
