@@ -99,9 +99,9 @@ STAGES: Mapping[str, Stage] = {
     ),
     "mgie-start": Stage(
         arguments=(*_LEARN, "--stage", "mgie-start", "--out", "{out}", "--llava", "{llava}", "--vae", "{vae}",
-                   "--ip2p", "{ip2p-bundle}/bundle"),
-        needs=("llava", "vae", "ip2p-bundle"),
-        code=("mgie/tiny/learn/editor.py",),
+                   "--ip2p", "{ip2p-bundle}/bundle", "--corpus", "{corpus}", "--share", "{share}"),
+        needs=("llava", "vae", "ip2p-bundle", "corpus"),
+        code=(*_LOOP, "mgie/tiny/learn/editor.py", "mgie/tiny/learn/head.py"),
     ),
     "mgie": Stage(
         arguments=(*_TRAIN, "--training.variant", "e2e", "--ledger", "{ledger}/ledger", "--cache", "{cache}/cache",

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from transformers import CLIPModel, CLIPTokenizer, T5Tokenizer
 
 from mgie.checkpoint import Bundle
-from mgie.tiny.learn import clip, editor, llava, summarizer, vae
+from mgie.tiny.learn import clip, editor, head, llava, summarizer, vae
 from mgie.tiny.learn.corpus import SHARD_SAMPLES, Corpus
 from mgie.tiny.learn.loop import Course
 from mgie.tiny.learn.words import clip_tokenizer, llama_tokenizer, t5_tokenizer
@@ -134,8 +134,18 @@ def _start_mgie(config: StageConfig) -> None:
     bundle = Bundle(_given(config.llava) / "bundle")
     tokenizer = bundle.load_tokenizer()
     model = bundle.load_mllm(tokenizer, torch.float32)
-    unet = Bundle(_given(config.ip2p)).load_unet()
-    editor.write_mgie(config.out / "bundle", llava=model, tokenizer=tokenizer, vae=_load_vae(config), unet=unet)
+    tokenizer, edit_head = editor.add_visual_tokens(model, tokenizer)
+    ip2p = Bundle(_given(config.ip2p))
+    text_tokenizer, text_encoder = ip2p.load_text_encoder()
+    head.learn_head(
+        _corpus(config, config.corpus), llava=model, tokenizer=tokenizer, head=edit_head, text_encoder=text_encoder,
+        text_tokenizer=text_tokenizer, state_file=config.out / _STATE, course=_course(config, head.COURSE),
+        log=config.out / _LOG,
+    )  # fmt: skip
+    editor.write_mgie(
+        config.out / "bundle", llava=model, tokenizer=tokenizer, head=edit_head, vae=_load_vae(config),
+        unet=ip2p.load_unet(),
+    )  # fmt: skip
 
 
 def _load_clip(config: StageConfig) -> CLIPModel:

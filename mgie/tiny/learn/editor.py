@@ -1,6 +1,6 @@
-"""Bundles that the tiny editors' training begins from, and what comes with a trained one.
+"""The bundles that the stages write, and with what an editor's training begins.
 
-UNet and edit head begin with random weights; all else was trained before (`vae.py`, `clip.py`, `llava.py`).
+The UNet begins with random weights; all else was trained before (`vae.py`, `clip.py`, `llava.py`, `head.py`).
 """
 
 from pathlib import Path
@@ -27,7 +27,6 @@ from mgie.tiny.learn.clip import CLIP_PIXELS, CONDITION_DIM, IMAGE_SIDE_PX, TEXT
 from mgie.tokens import Tokenizer
 
 NUM_VISUAL_TOKENS = 8
-_NUM_QUERIES = 32
 _SEED = 15
 _DATA = "the tiny world of mgie.tiny (procedural pictures)"
 # v-prediction with zero terminal SNR: epsilon learns next to nothing at this size, and a schedule that keeps some of
@@ -100,17 +99,23 @@ def write_text_editor(
         _add_diffusion(writer, unet or new_unet(), vae)
 
 
-def write_mgie(out: Path, *, llava: MLLM, tokenizer: Tokenizer, vae: AutoencoderKL, unet: UNet2DConditionModel) -> None:
-    """An MGIE whose edit head and visual tokens have random weights."""
+def add_visual_tokens(llava: MLLM, tokenizer: Tokenizer) -> tuple[Tokenizer, EditHead]:
+    """Gives an LLM visual tokens, and an edit head for them; both with random weights."""
     torch.manual_seed(_SEED)
     tokenizer = tokenizer.with_visual_tokens(NUM_VISUAL_TOKENS)
-    llm = llava.llm
-    llm.resize_token_embeddings(tokenizer.vocab_size, mean_resizing=False)
-    width = int(llm.config.hidden_size)
+    llava.llm.resize_token_embeddings(tokenizer.vocab_size, mean_resizing=False)
+    width = int(llava.llm.config.hidden_size)
     head = EditHead(
-        llm_dim=width, condition_dim=CONDITION_DIM, width=160, num_queries=_NUM_QUERIES, num_layers=2,
+        llm_dim=width, condition_dim=CONDITION_DIM, width=160, num_queries=TEXT_LENGTH, num_layers=2,
         feedforward_dim=320,
     )  # fmt: skip
+    return tokenizer, head
+
+
+def write_mgie(
+    out: Path, *, llava: MLLM, tokenizer: Tokenizer, head: EditHead, vae: AutoencoderKL, unet: UNet2DConditionModel
+) -> None:
+    """An MGIE."""
     config = BundleConfig(
         name="mgie-tiny",
         parts=(*MLLM_PARTS, *DIFFUSION_PARTS),
@@ -119,7 +124,7 @@ def write_mgie(out: Path, *, llava: MLLM, tokenizer: Tokenizer, vae: Autoencoder
         num_visual_tokens=NUM_VISUAL_TOKENS,
         dimensions={
             **_language_sizes(llava, tokenizer),
-            "condition_tokens": _NUM_QUERIES,
+            "condition_tokens": TEXT_LENGTH,
             "condition_dim": CONDITION_DIM,
         },
         **_WORK,

@@ -1,6 +1,7 @@
 """The recipe's own parts: exact resuming, corpora that grow, tokenizers without chance, latents of one size."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,14 @@ import pytest
 import torch
 from numpy.random import Generator
 from torch import Tensor, nn
+from transformers import CLIPTextModel
 
 from mgie.diffusion import LatentCodec
 from mgie.tiny.learn import clip, corpus, vae
 from mgie.tiny.learn.corpus import Corpus
+from mgie.tiny.learn.editor import add_visual_tokens
+from mgie.tiny.learn.head import learn_head
+from mgie.tiny.learn.llava import new_llava
 from mgie.tiny.learn.loop import Course, learn
 from mgie.tiny.learn.words import clip_tokenizer, llama_tokenizer
 from mgie.tiny.world import make_sample
@@ -50,7 +55,7 @@ def test_a_corpus_goes_on_from_a_shorter_one(tmp_path: Path, monkeypatch: pytest
         Corpus(tmp_path, 0, seed=7)
 
 
-class _Stopped(Exception):
+class _StoppedError(Exception):
     pass
 
 
@@ -70,7 +75,7 @@ def test_a_stopped_stage_ends_with_the_weights_of_an_undisturbed_one(
         def loss(rng: Generator) -> dict[str, Tensor]:
             nonlocal calls
             if calls == stop_at:
-                raise _Stopped
+                raise _StoppedError
             calls += 1
             inputs = torch.from_numpy(rng.standard_normal((course.batch, 3))).float() + 0.1 * torch.randn(4, 3)
             return {"loss": (trained(inputs) - inputs.sum(1, keepdim=True)).square().mean()}
@@ -79,7 +84,7 @@ def test_a_stopped_stage_ends_with_the_weights_of_an_undisturbed_one(
         return {name: value.clone() for name, value in trained.state_dict().items()}
 
     whole = run(model(), tmp_path / "whole.pt")
-    with pytest.raises(_Stopped):
+    with pytest.raises(_StoppedError):
         run(model(), tmp_path / "part.pt", stop_at=5)
     resumed = run(model(), tmp_path / "part.pt")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -113,6 +118,25 @@ def test_stages_learn_from_the_corpus(samples: Corpus, tmp_path: Path) -> None:
     course = dataclasses.replace(clip.COURSE, steps=1, batch=4)
     model = clip.learn_clip(samples, tokenizer, tmp_path / "clip.pt", course=course)
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_the_edit_head_learns_what_the_text_encoder_says(samples: Corpus, tmp_path: Path) -> None:
+    text_tokenizer, plain = clip_tokenizer(TEXTS, 60), llama_tokenizer(TEXTS, 300)
+    torch.manual_seed(2)
+    seen = clip.new_clip(text_tokenizer)
+    encoder = CLIPTextModel(seen.config.text_config).eval()
+    llava = new_llava(plain, seen)
+    tokenizer, edit_head = add_visual_tokens(llava, plain)
+    before = {name: value.clone() for name, value in llava.state_dict().items()}
+    log = tmp_path / "log.jsonl"
+    learn_head(
+        samples, llava=llava, tokenizer=tokenizer, head=edit_head, text_encoder=encoder, text_tokenizer=text_tokenizer,
+        state_file=tmp_path / "state.pt", course=Course(steps=51, batch=2, lr=3e-3), log=log,
+    )  # fmt: skip
+    first, *_, last = [json.loads(line)["distance"] for line in log.read_text().splitlines()]
+    assert last < 0.8 * first
+    changed = {name for name, value in llava.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"llm.model.embed_tokens.weight", "llm.lm_head.weight"}
 
 
 def test_tokenizers_are_functions_of_the_texts() -> None:
