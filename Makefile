@@ -10,13 +10,14 @@ PIP_ARGS    ?=
 PYTEST_ARGS ?=
 SERVE_ARGS  ?= --keep
 TINY_ARGS   ?=
+COMPARE_ARGS ?=
 
 BIN := .venv/bin
 # One stamp per content of the two files that decide what is installed: editing either runs the setup again.
 STAMP := .venv/.setup-$(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast lint tiny bench lock
+.PHONY: help setup demo serve test test-fast lint tiny compare bench lock
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -56,6 +57,9 @@ lint: $(STAMP) ## ruff (rules and format) and mypy, changing nothing
 
 tiny: $(STAMP) ## train the embedded models from nothing: hours; TINY_ARGS="--share 0.1" for a trial
 	$(BIN)/python -m pipelines.tiny $(TINY_ARGS)
+
+compare: $(STAMP) ## train and score the paper's variants after `make tiny`: hours
+	$(BIN)/python -m pipelines.compare $(COMPARE_ARGS)
 
 bench: $(STAMP) ## run every benchmark in benchmarks/
 	@set -e; for script in benchmarks/*.py; do \

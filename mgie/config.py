@@ -239,8 +239,10 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What is minimised: `L_ins + edit_weight * L_edit` (defaults: the paper)."""
+    """What is minimised: `instruction_weight * L_ins + edit_weight * L_edit` (defaults: the paper)."""
 
+    instruction_weight: float = 1.0
+    "weight of the language loss; 0 = the paper's ablation without it"
     edit_weight: float = 0.5
     "weight of the diffusion loss beside the language loss"
     condition_dropout: float = 0.05
@@ -253,6 +255,7 @@ class ObjectiveConfig:
     "how much more the error counts where source and goal latents differ; 0 = everywhere alike, as published"
 
     def __post_init__(self) -> None:
+        check_range("instruction_weight", self.instruction_weight, 0.0, 1000.0)
         check_range("edit_weight", self.edit_weight, 0.0, 1000.0)
         check_range("condition_dropout", self.condition_dropout, 0.0, 1 / 3)
         check_range("min_snr_gamma", self.min_snr_gamma, 0.0, 1000.0)

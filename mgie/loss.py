@@ -1,6 +1,6 @@
 """Language loss, diffusion loss, condition dropout, and their weights.
 
-`loss = L_ins + weight * L_edit`. Knows nothing of models: takes predictions and draws. Every mean can be taken over a
+`loss = weight * L_ins + weight * L_edit`. Knows nothing of models: takes predictions and draws. Every mean can be taken over a
 larger batch than the one given (`num_...`), so that the parts of a batch, on one device after another or on many at
 once, sum to what the whole gives.
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Losses:
-    """Scalars: `total` = `instruction` + weight * `edit`."""
+    """Scalars: `total` is the weighted sum of `instruction` and `edit`."""
 
     total: Tensor
     instruction: Tensor
@@ -109,9 +109,12 @@ def drop_conditions(
     return condition, image_latents
 
 
-def combine(instruction: Float[Tensor, ""], edit: Float[Tensor, ""], *, edit_weight: float) -> Losses:
-    """`total = instruction + edit_weight * edit`."""
-    return Losses(total=instruction + edit_weight * edit, instruction=instruction, edit=edit)
+def combine(
+    instruction: Float[Tensor, ""], edit: Float[Tensor, ""], *, edit_weight: float, instruction_weight: float = 1.0
+) -> Losses:
+    """`total = instruction_weight * instruction + edit_weight * edit`."""
+    total = instruction_weight * instruction + edit_weight * edit
+    return Losses(total=total, instruction=instruction, edit=edit)
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

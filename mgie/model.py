@@ -222,7 +222,10 @@ class MGIE(DiffusionHalf):
         instruction = language_loss(self.mllm.logits(answers), words.label_ids, num_label_tokens=num_label_tokens)
         condition, null_condition = self.condition(hidden, words.state_starts)
         edit = self.edit_loss(batch.images, draws, condition, null_condition, num_samples)
-        return combine(instruction, edit, edit_weight=self.objective.edit_weight)
+        weights = self.objective
+        return combine(
+            instruction, edit, edit_weight=weights.edit_weight, instruction_weight=weights.instruction_weight
+        )
 
 
 class InstructPix2Pix(DiffusionHalf):

@@ -275,8 +275,9 @@ class Trainer:
                 sums += torch.cat([torch.stack([losses.instruction, losses.edit]) * counts, counts])
         instruction, edit, num_label_tokens, num_samples = add_up(sums).tolist()
         means = {"instruction": instruction / max(num_label_tokens, 1), "edit": edit / max(num_samples, 1)}
-        weight = self._config.objective.edit_weight if num_label_tokens else 1.0
-        return {"loss": means["instruction"] + weight * means["edit"], **means}
+        objective = self._config.objective
+        weight = objective.edit_weight if num_label_tokens else 1.0
+        return {"loss": objective.instruction_weight * means["instruction"] + weight * means["edit"], **means}
 
     def _forward(self, micro: MicroBatch) -> Losses:
         losses: Losses = self.model(to_device(micro.batch, self._device), to_device(micro.draws, self._device))

@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +49,13 @@ def folders(stages: Mapping[str, Stage], work: Path, *, share: float) -> dict[st
 
 
 def make(
-    stages: Mapping[str, Stage], work: Path, *, share: float, parallel: int, console: Console, until: str = ""
+    stages: Mapping[str, Stage],
+    work: Path,
+    *,
+    share: float,
+    parallel: int,
+    console: Console,
+    until: Sequence[str] = (),
 ) -> dict[str, Path]:
     """Runs all stages that are not done; returns the folders.
 
@@ -57,13 +63,13 @@ def make(
         stages: By name, each after those that it needs.
         share: What numbers of the form {NUMBER*share} are multiplied by.
         parallel: Stages at a time.
-        until: Only this one and all that it needs; "" = all.
+        until: Only these and all that they need; none = all.
 
     Raises:
         MGIEError: A stage failed; those that were running at the same time have ended, too.
     """
     places = folders(stages, work, share=share)
-    wanted = _needed(stages, until) if until else set(stages)
+    wanted = set().union(*(_needed(stages, name) for name in until)) if until else set(stages)
     waiting = [name for name in stages if name in wanted and not (places[name] / _DONE).is_file()]
     running: dict[Future[None], str] = {}
     with ThreadPoolExecutor(parallel) as pool:

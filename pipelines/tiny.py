@@ -55,12 +55,66 @@ def _learn(stage: str, *needs: str, code: Sequence[str] = ()) -> Stage:
     return Stage(arguments=arguments, needs=needs, code=tuple(code))
 
 
+# Two hundred steps a checkpoint; rates and weights for a UNet that begins from nothing and has little time.
 _TRAIN = (
     "pipelines/train.py", "--workers.num", "1", "--threads", "1", "--loader-threads", "1", "--checkpoint-every", "200",
     "--validate-every", "500", "--sample-every", "500", "--sample-steps", "8", "--training.dtype", "bfloat16",
     "--training.optimizer.beta2", "0.98", "--training.optimizer.weight-decay", "0.01",
-    "--training.objective.timestep-shift", "3.0", "--training.objective.change-weight", "4.0",
+    "--training.objective.condition-dropout", "0.03", "--training.objective.timestep-shift", "3.0",
+    "--training.objective.change-weight", "4.0", "--training.global-batch", "32",
+    "--training.optimizer.lr-tokens", "5e-4", "--training.optimizer.lr-edit-head", "1e-3",
 )  # fmt: skip
+_PREPARE = ("pipelines/prepare.py", "--layout", "parquet", "--dataset", "tiny-world", "--keeps-near-duplicates")
+_KEEP = ("--columns.keep", "operation", "family", "is_ambiguous", "held_out", "tiny_world")
+_SUMMARIZE = ("pipelines/summarize.py", "--describe-model", "{llava}/bundle", "--summarize-model",
+              "{summarizer}/bundle", "--preset", "fast")  # fmt: skip
+
+
+def training(variant: str, start: str, steps: str, *more: str, rows: str) -> Stage:
+    """Trains a variant.
+
+    Args:
+        start: Stage whose bundle it begins with. rows: `manifest` or `ledger`.
+        steps: As an argument of a stage.
+    """
+    arguments = (
+        *_TRAIN, "--training.variant", variant, "--ledger",
+        "{manifest}/run/manifest" if rows == "manifest" else "{ledger}/ledger", "--cache", "{cache}/cache",
+        "--init", f"{{{start}}}/bundle", "--out", "{out}/run", "--training.steps", steps, *more,
+    )  # fmt: skip
+    return Stage(arguments=arguments, needs=(rows, "cache", start))
+
+
+def export(run: str, name: str) -> Stage:
+    """Makes a bundle of what the stage `run` has trained."""
+    arguments = (*_EXPORT, f"{{{run}}}/run", "--out", "{out}/bundle", "--name", name)
+    return Stage(arguments=arguments, needs=(run,))
+
+
+def held_out(num_rows: str) -> dict[str, Stage]:
+    """Stages that make held-out edits, and LLaVA's and Flan-T5's words for them."""
+    return {
+        "test-raw": Stage(
+            arguments=(*_LEARN, "--stage", "test-raw", "--out", "{out}", "--rows", num_rows), code=_WORLD
+        ),
+        "test-manifest": Stage(
+            arguments=(*_PREPARE, *_KEEP, "--input", "{test-raw}", "--out", "{out}/run"), needs=("test-raw",)
+        ),
+        "test-ledger": Stage(
+            arguments=(*_SUMMARIZE, "--manifest", "{test-manifest}/run/manifest", "--out", "{out}/ledger"),
+            needs=("test-manifest", "llava", "summarizer"),
+        ),
+    }
+
+
+def scoring(bundle: str, *more: str) -> Stage:
+    """Edits the held-out rows with the bundle of a stage, and scores the edits."""
+    arguments = (
+        "pipelines/evaluate.py", "--ledger", "{test-ledger}/ledger", "--bundle", f"{{{bundle}}}/bundle",
+        "--out", "{out}/scores", "--by", "family", "operation", "is_ambiguous", "held_out", *more,
+    )  # fmt: skip
+    return Stage(arguments=arguments, needs=("test-ledger", bundle))
+
 
 STAGES: Mapping[str, Stage] = {
     "corpus": _learn("corpus", code=_WORLD),
@@ -70,31 +124,19 @@ STAGES: Mapping[str, Stage] = {
     "llava": _learn("llava", "corpus", "clip", code=(*_LOOP, "mgie/tiny/learn/llava.py")),
     "summarizer": _learn("summarizer", "corpus", code=(*_LOOP, "mgie/tiny/learn/summarizer.py")),
     "ip2p-start": _learn("ip2p-start", "clip", "vae", code=("mgie/tiny/learn/editor.py",)),
-    "manifest": Stage(
-        arguments=("pipelines/prepare.py", "--input", "{raw}", "--layout", "parquet", "--dataset", "tiny-world",
-                   "--keeps-near-duplicates", "--out", "{out}/run"),
-        needs=("raw",),
-    ),
+    "manifest": Stage(arguments=(*_PREPARE, "--input", "{raw}", "--out", "{out}/run"), needs=("raw",)),
     "cache": Stage(
         arguments=("pipelines/cache.py", "--ledger", "{manifest}/run/manifest", "--bundle", "{ip2p-start}/bundle",
                    "--out", "{out}/cache"),
         needs=("manifest", "ip2p-start"),
     ),
-    "ip2p": Stage(
-        arguments=(*_TRAIN, "--training.variant", "ip2p", "--ledger", "{manifest}/run/manifest", "--cache",
-                   "{cache}/cache", "--init", "{ip2p-start}/bundle", "--out", "{out}/run",
-                   "--training.steps", "{5000*share}", "--training.global-batch", "32", "--training.micro-batch", "32",
-                   "--training.optimizer.lr-unet", "1e-3", "--training.optimizer.lr-text-encoder", "3e-4"),
-        needs=("manifest", "cache", "ip2p-start"),
+    "ip2p": training(
+        "ip2p", "ip2p-start", "{5000*share}", "--training.micro-batch", "32",
+        "--training.optimizer.lr-unet", "1e-3", "--training.optimizer.lr-text-encoder", "3e-4", rows="manifest",
     ),
-    "ip2p-bundle": Stage(
-        arguments=(*_EXPORT, "{ip2p}/run", "--out", "{out}/bundle", "--name", "ip2p-tiny"),
-        needs=("ip2p",),
-    ),
+    "ip2p-bundle": export("ip2p", "ip2p-tiny"),
     "ledger": Stage(
-        arguments=("pipelines/summarize.py", "--manifest", "{manifest}/run/manifest", "--describe-model",
-                   "{llava}/bundle", "--summarize-model", "{summarizer}/bundle", "--preset", "fast", "--out",
-                   "{out}/ledger"),
+        arguments=(*_SUMMARIZE, "--manifest", "{manifest}/run/manifest", "--out", "{out}/ledger"),
         needs=("manifest", "llava", "summarizer"),
     ),
     "mgie-start": Stage(
@@ -103,18 +145,13 @@ STAGES: Mapping[str, Stage] = {
         needs=("llava", "vae", "ip2p-bundle", "corpus"),
         code=(*_LOOP, "mgie/tiny/learn/editor.py", "mgie/tiny/learn/head.py"),
     ),
-    "mgie": Stage(
-        arguments=(*_TRAIN, "--training.variant", "e2e", "--ledger", "{ledger}/ledger", "--cache", "{cache}/cache",
-                   "--init", "{mgie-start}/bundle", "--out", "{out}/run", "--training.steps", "{5000*share}",
-                   "--training.global-batch", "32", "--training.micro-batch", "16",
-                   "--training.optimizer.lr-tokens", "5e-4", "--training.optimizer.lr-edit-head", "1e-3",
-                   "--training.optimizer.lr-unet", "5e-4"),
-        needs=("ledger", "cache", "mgie-start"),
+    "mgie": training(
+        "e2e", "mgie-start", "{5000*share}", "--training.micro-batch", "16", "--training.optimizer.lr-unet", "5e-4",
+        rows="ledger",
     ),
-    "mgie-bundle": Stage(
-        arguments=(*_EXPORT, "{mgie}/run", "--out", "{out}/bundle", "--name", "mgie-tiny"),
-        needs=("mgie",),
-    ),
+    "mgie-bundle": export("mgie", "mgie-tiny"),
+    **held_out("{1000*share}"),
+    "scores": scoring("mgie-bundle"),
 }  # fmt: skip
 
 
@@ -129,12 +166,12 @@ def main(config: TinyConfig) -> int:
             share=config.share,
             parallel=config.parallel,
             console=console,
-            until=config.until,
+            until=[config.until] if config.until else (),
         )
     except (MGIEError, OSError) as error:
         console.print(f"error: {error}", style="red", soft_wrap=True)
         return 1
-    console.print(f"bundle: {places['mgie-bundle'] / 'bundle'}")
+    console.print(f"bundle: {places['mgie-bundle'] / 'bundle'}\nscores: {places['scores'] / 'scores'}", soft_wrap=True)
     return 0
 
 

@@ -71,7 +71,7 @@ def test_a_stage_that_fails_is_named_and_what_needs_it_does_not_run(tmp_path: Pa
 
 
 def test_until_runs_what_a_stage_needs_and_no_more(tmp_path: Path) -> None:
-    places = make(STAGES, tmp_path, share=1.0, parallel=1, console=QUIET, until="model")
+    places = make(STAGES, tmp_path, share=1.0, parallel=1, console=QUIET, until=["model"])
     assert set(_ran(places)) == {"data", "model"}
 
 

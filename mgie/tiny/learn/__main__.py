@@ -31,7 +31,7 @@ class StageConfig:
     """One stage: reads the folders of earlier ones, writes its own."""
 
     stage: str
-    "corpus, raw, vae, clip, llava, summarizer, ip2p-start or mgie-start"
+    "corpus, raw, test-raw, vae, clip, llava, summarizer, ip2p-start or mgie-start"
     out: Path
     "folder of the stage"
     corpus: Path | None = None
@@ -46,6 +46,8 @@ class StageConfig:
     "bundle of a trained InstructPix2Pix, whose UNet is taken"
     share: float = 1.0
     "of samples and steps: less for a trial"
+    rows: int = 1000
+    "samples of `test-raw`"
     processes: int = 1
     "that make samples"
 
@@ -87,6 +89,10 @@ def _make_corpus(config: StageConfig) -> None:
 
 def _make_raw(config: StageConfig) -> None:
     write_layout("parquet", config.out, num_samples(config.share), seed=_SEED)
+
+
+def _make_test_raw(config: StageConfig) -> None:
+    write_layout("parquet", config.out, config.rows, seed=_SEED, split="test")
 
 
 def _learn_vae(config: StageConfig) -> None:
@@ -159,6 +165,7 @@ def _load_vae(config: StageConfig) -> AutoencoderKL:
 _STAGES: dict[str, Callable[[StageConfig], None]] = {
     "corpus": _make_corpus,
     "raw": _make_raw,
+    "test-raw": _make_test_raw,
     "vae": _learn_vae,
     "clip": _learn_clip,
     "llava": _learn_llava,
