@@ -18,13 +18,13 @@ import tyro
 from rich.console import Console
 
 from mgie.errors import ConfigError, MGIEError
-from mgie.tiny.learn.__main__ import num_samples
+from mgie.pretraining.__main__ import num_samples
 from pipelines.recipe import Stage, make
 
-_LEARN = ("-m", "mgie.tiny.learn")
+_LEARN = ("-m", "mgie.pretraining")
 _EXPORT = ("-c", "from mgie.cli import main; main()", "export")
 _WORLD = ("mgie/tiny/world",)
-_LOOP = ("mgie/tiny/learn/loop.py", "mgie/tiny/learn/corpus.py")
+_LOOP = ("mgie/pretraining/loop.py", "mgie/pretraining/corpus.py")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,11 +119,11 @@ def scoring(bundle: str, *more: str) -> Stage:
 STAGES: Mapping[str, Stage] = {
     "corpus": _learn("corpus", code=_WORLD),
     "raw": _learn("raw", code=_WORLD),
-    "vae": _learn("vae", "corpus", code=(*_LOOP, "mgie/tiny/learn/vae.py")),
-    "clip": _learn("clip", "corpus", code=(*_LOOP, "mgie/tiny/learn/clip.py", "mgie/tiny/learn/words.py")),
-    "llava": _learn("llava", "corpus", "clip", code=(*_LOOP, "mgie/tiny/learn/llava.py")),
-    "summarizer": _learn("summarizer", "corpus", code=(*_LOOP, "mgie/tiny/learn/summarizer.py")),
-    "ip2p-start": _learn("ip2p-start", "clip", "vae", code=("mgie/tiny/learn/editor.py",)),
+    "vae": _learn("vae", "corpus", code=(*_LOOP, "mgie/pretraining/vae.py")),
+    "clip": _learn("clip", "corpus", code=(*_LOOP, "mgie/pretraining/clip.py", "mgie/pretraining/words.py")),
+    "llava": _learn("llava", "corpus", "clip", code=(*_LOOP, "mgie/pretraining/llava.py")),
+    "summarizer": _learn("summarizer", "corpus", code=(*_LOOP, "mgie/pretraining/summarizer.py")),
+    "ip2p-start": _learn("ip2p-start", "clip", "vae", code=("mgie/pretraining/editor.py",)),
     "manifest": Stage(arguments=(*_PREPARE, "--input", "{raw}", "--out", "{out}/run"), needs=("raw",)),
     "cache": Stage(
         arguments=("pipelines/cache.py", "--ledger", "{manifest}/run/manifest", "--bundle", "{ip2p-start}/bundle",
@@ -143,7 +143,7 @@ STAGES: Mapping[str, Stage] = {
         arguments=(*_LEARN, "--stage", "mgie-start", "--out", "{out}", "--llava", "{llava}", "--vae", "{vae}",
                    "--ip2p", "{ip2p-bundle}/bundle", "--corpus", "{corpus}", "--share", "{share}"),
         needs=("llava", "vae", "ip2p-bundle", "corpus"),
-        code=(*_LOOP, "mgie/tiny/learn/editor.py", "mgie/tiny/learn/head.py"),
+        code=(*_LOOP, "mgie/pretraining/editor.py", "mgie/pretraining/head.py"),
     ),
     "mgie": training(
         "e2e", "mgie-start", "{5000*share}", "--training.micro-batch", "16", "--training.optimizer.lr-unet", "5e-4",

@@ -30,6 +30,8 @@ class _Row:
     """An edit with its pictures encoded."""
 
     number: int
+    origin: dict[str, Any]
+    "arguments of `make_sample`"
     source: bytes
     goal: bytes
     mask: bytes
@@ -47,7 +49,10 @@ class _Row:
             "source_caption": sample.source_caption,
             "goal_caption": sample.goal_caption,
             "operation": sample.operation,
+            "family": sample.family,
+            "held_out": sample.held_out,
             "is_ambiguous": sample.is_ambiguous,
+            "tiny_world": self.origin,
             "verbose": sample.verbose,
             "expressive": sample.expressive,
         }
@@ -70,10 +75,12 @@ def write_layout(
     if count < 1:
         raise ConfigError(f"count is {count}; it must be at least 1", param="count")
     folder.mkdir(parents=True, exist_ok=True)
-    LAYOUTS[layout](folder, (_row(make_sample(seed, split, i, side_px=side_px), i) for i in range(count)), split)
+    origins = ({"seed": seed, "split": split, "number": number, "side_px": side_px} for number in range(count))
+    LAYOUTS[layout](folder, map(_row, origins), split)
 
 
-def _row(sample: Sample, number: int) -> _Row:
+def _row(origin: dict[str, Any]) -> _Row:
+    sample = make_sample(**origin)
     encoded = []
     for image in (sample.source, sample.goal):
         out = io.BytesIO()
@@ -81,7 +88,14 @@ def _row(sample: Sample, number: int) -> _Row:
         encoded.append(out.getvalue())
     mask = io.BytesIO()
     sample.mask.save(mask, format="png")
-    return _Row(number=number, source=encoded[0], goal=encoded[1], mask=mask.getvalue(), sample=sample)
+    return _Row(
+        number=origin["number"],
+        origin=origin,
+        source=encoded[0],
+        goal=encoded[1],
+        mask=mask.getvalue(),
+        sample=sample,
+    )
 
 
 def _ipr2pr(folder: Path, rows: _Rows, split: Split) -> None:  # noqa: ARG001

@@ -7,6 +7,9 @@ regions: `region_of(thing, part)`.
 from collections.abc import Callable
 from typing import Literal, get_args
 
+import numpy as np
+import numpy.typing as npt
+
 from mgie.tiny.world.paint import PALETTE, RGB, Painter, Point, mix, scaled, scattered
 from mgie.tiny.world.scene import Kind, Scene, Thing
 
@@ -27,6 +30,11 @@ _SKINS: tuple[RGB, ...] = ((250, 212, 180), (224, 172, 130), (172, 118, 80), (11
 def region_of(thing: Thing, part: Part) -> int:
     """Number of a part's region, 32 to 255."""
     return FIRST_THING_REGION + thing.id * _REGIONS_PER_THING + PARTS.index(part)
+
+
+def thing_of(regions: npt.NDArray[np.uint8]) -> npt.NDArray[np.intp]:
+    """Ids of the things whose regions these are (32 to 255)."""
+    return (regions.astype(np.intp) - FIRST_THING_REGION) // _REGIONS_PER_THING
 
 
 def draw_thing(painter: Painter, thing: Thing, scene: Scene) -> None:

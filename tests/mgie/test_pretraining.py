@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from mgie.diffusion import LatentCodec
-from mgie.tiny.learn import clip, corpus, vae
-from mgie.tiny.learn.corpus import Corpus
-from mgie.tiny.learn.editor import add_visual_tokens
-from mgie.tiny.learn.head import learn_head
-from mgie.tiny.learn.llava import new_llava
-from mgie.tiny.learn.loop import Course, learn
-from mgie.tiny.learn.words import clip_tokenizer, llama_tokenizer
+from mgie.pretraining import clip, corpus, vae
+from mgie.pretraining.corpus import Corpus
+from mgie.pretraining.editor import add_visual_tokens
+from mgie.pretraining.head import learn_head
+from mgie.pretraining.llava import new_llava
+from mgie.pretraining.loop import Course, learn
+from mgie.pretraining.words import clip_tokenizer, llama_tokenizer
 from mgie.tiny.world import make_sample
 
 TEXTS = ["make it night", "the red house would be blue", "a tree, a lamp and a green house on a meadow", "night!"] * 9
@@ -62,12 +62,14 @@ class _StoppedError(Exception):
 def test_a_stopped_stage_ends_with_the_weights_of_an_undisturbed_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mgie.tiny.learn.loop._SECONDS_BETWEEN_SAVES", 0)
+    monkeypatch.setattr("mgie.pretraining.loop._SECONDS_BETWEEN_SAVES", 0)
     course = Course(steps=12, batch=4, lr=1e-2, seed=3)
 
     def model() -> nn.Module:
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+        made = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+        made.unused = nn.Linear(2, 2)  # no loss depends on it
+        return made
 
     def run(trained: nn.Module, state: Path, stop_at: int = -1) -> dict[str, Tensor]:
         calls = 0
@@ -83,10 +85,10 @@ def test_a_stopped_stage_ends_with_the_weights_of_an_undisturbed_one(
         learn(trained, course, loss, state, log=tmp_path / "log.jsonl")
         return {name: value.clone() for name, value in trained.state_dict().items()}
 
-    whole = run(model(), tmp_path / "whole.pt")
+    whole = run(model(), tmp_path / "whole.safetensors")
     with pytest.raises(_StoppedError):
-        run(model(), tmp_path / "part.pt", stop_at=5)
-    resumed = run(model(), tmp_path / "part.pt")
+        run(model(), tmp_path / "part.safetensors", stop_at=5)
+    resumed = run(model(), tmp_path / "part.safetensors")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert any(not torch.equal(whole[name], value) for name, value in model().state_dict().items())
 
@@ -110,13 +112,13 @@ def test_the_vae_s_latents_have_mean_zero_and_variance_one_and_decode_as_before(
 
 def test_stages_learn_from_the_corpus(samples: Corpus, tmp_path: Path) -> None:
     course = dataclasses.replace(vae.COURSE, steps=2, batch=2)
-    made = vae.learn_vae(samples, tmp_path / "vae.pt", course=course)
+    made = vae.learn_vae(samples, tmp_path / "vae.safetensors", course=course)
     torch.manual_seed(course.seed)
     first = vae.new_vae().state_dict()
     assert any(not torch.equal(value, first[name]) for name, value in made.state_dict().items())
     tokenizer = clip_tokenizer(TEXTS, 60)
     course = dataclasses.replace(clip.COURSE, steps=1, batch=4)
-    model = clip.learn_clip(samples, tokenizer, tmp_path / "clip.pt", course=course)
+    model = clip.learn_clip(samples, tokenizer, tmp_path / "clip.safetensors", course=course)
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
@@ -131,7 +133,7 @@ def test_the_edit_head_learns_what_the_text_encoder_says(samples: Corpus, tmp_pa
     log = tmp_path / "log.jsonl"
     learn_head(
         samples, llava=llava, tokenizer=tokenizer, head=edit_head, text_encoder=encoder, text_tokenizer=text_tokenizer,
-        state_file=tmp_path / "state.pt", course=Course(steps=51, batch=2, lr=3e-3), log=log,
+        state_file=tmp_path / "state.safetensors", course=Course(steps=51, batch=2, lr=3e-3), log=log,
     )  # fmt: skip
     first, *_, last = [json.loads(line)["distance"] for line in log.read_text().splitlines()]
     assert last < 0.8 * first

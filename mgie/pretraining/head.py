@@ -19,9 +19,9 @@ from mgie.edit_head import EditHead
 from mgie.generation import gather_states
 from mgie.loss import language_loss
 from mgie.mllm import MLLM
-from mgie.tiny.learn.clip import TEXT_LENGTH, clip_batch
-from mgie.tiny.learn.corpus import Corpus
-from mgie.tiny.learn.loop import Course, learn
+from mgie.pretraining.clip import TEXT_LENGTH, clip_batch
+from mgie.pretraining.corpus import Corpus
+from mgie.pretraining.loop import Course, learn
 from mgie.tokens import Tokenizer
 
 COURSE = Course(steps=900, batch=32, lr=1.5e-3, seed=16)

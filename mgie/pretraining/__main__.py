@@ -1,4 +1,4 @@
-"""`python -m mgie.tiny.learn STAGE ...`: one stage of the recipe, see `pipelines/tiny.py`, which runs them all."""
+"""`python -m mgie.pretraining STAGE ...`: one stage of the recipe, see `pipelines/tiny.py`, which runs them all."""
 
 import dataclasses
 import json
@@ -14,16 +14,16 @@ from diffusers import AutoencoderKL
 from transformers import CLIPModel, CLIPTokenizer, T5Tokenizer
 
 from mgie.checkpoint import Bundle
-from mgie.tiny.learn import clip, editor, head, llava, summarizer, vae
-from mgie.tiny.learn.corpus import SHARD_SAMPLES, Corpus
-from mgie.tiny.learn.loop import Course
-from mgie.tiny.learn.words import clip_tokenizer, llama_tokenizer, t5_tokenizer
+from mgie.pretraining import clip, editor, head, llava, summarizer, vae
+from mgie.pretraining.corpus import SHARD_SAMPLES, Corpus
+from mgie.pretraining.loop import Course
+from mgie.pretraining.words import clip_tokenizer, llama_tokenizer, t5_tokenizer
 from mgie.tiny.world import write_layout
 
 _SEED = 5  # of the world
 _NUM_SAMPLES = 40_000
 _NUM_MERGES, _NUM_PIECES = 1500, 2000
-_STATE, _LOG = "state.pt", "log.jsonl"
+_STATE, _LOG = "state.safetensors", "log.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 from transformers.models.clip import CLIPConfig
 
-from mgie.tiny.learn.corpus import Corpus
-from mgie.tiny.learn.loop import Course, learn
+from mgie.pretraining.corpus import Corpus
+from mgie.pretraining.loop import Course, learn
 
 IMAGE_SIDE_PX, PATCH_SIDE_PX = 128, 16
 TEXT_LENGTH, CONDITION_DIM = 48, 128

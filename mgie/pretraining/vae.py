@@ -14,8 +14,8 @@ from numpy.random import Generator
 from torch import Tensor, nn
 
 from mgie.diffusion import LatentCodec
-from mgie.tiny.learn.corpus import Corpus
-from mgie.tiny.learn.loop import Course, learn
+from mgie.pretraining.corpus import Corpus
+from mgie.pretraining.loop import Course, learn
 
 COURSE = Course(steps=3500, batch=16, lr=1.5e-3, seed=11, weight_decay=0.0)
 _KL_WEIGHT, _EDGE_WEIGHT = 1e-5, 1.0

@@ -23,7 +23,7 @@ from mgie.config import (
 )
 from mgie.edit_head import EditHead
 from mgie.mllm import MLLM
-from mgie.tiny.learn.clip import CLIP_PIXELS, CONDITION_DIM, IMAGE_SIDE_PX, TEXT_LENGTH
+from mgie.pretraining.clip import CLIP_PIXELS, CONDITION_DIM, IMAGE_SIDE_PX, TEXT_LENGTH
 from mgie.tokens import Tokenizer
 
 NUM_VISUAL_TOKENS = 8

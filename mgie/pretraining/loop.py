@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.random import Generator
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mgie.optimization import learning_rate_factor
 
 _SECONDS_BETWEEN_SAVES = 120
 _STEPS_BETWEEN_LINES = 50
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +69,15 @@ def learn(
     average = {name: p.detach().clone() for name, p in parameters.items()}
     start = 0
     if state_file.is_file():
-        state = torch.load(state_file, weights_only=True)
+        state = load_file(state_file)
+        start = int(state["step"])
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(state["weights"][name])
-                average[name].copy_(state["average"][name])
-        adam.load_state_dict(state["adam"])
-        start = state["step"]
+                parameter.copy_(state[f"weights.{name}"])
+                average[name].copy_(state[f"average.{name}"])
+                if f"{_MOMENTS[0]}.{name}" in state:
+                    moments = {kind: state[f"{kind}.{name}"].clone() for kind in _MOMENTS}
+                    adam.state[parameter] = {**moments, "step": torch.tensor(float(start))}
     state_file.parent.mkdir(parents=True, exist_ok=True)
     model.train()
     saved, began = time.monotonic(), time.monotonic()
@@ -95,8 +99,12 @@ def learn(
             with log.open("a") as out:
                 out.write(json.dumps(line) + "\n")
         if time.monotonic() - saved > _SECONDS_BETWEEN_SAVES or step == course.steps - 1:
-            weights = {name: p.detach() for name, p in parameters.items()}
-            _save({"weights": weights, "average": average, "adam": adam.state_dict(), "step": step + 1}, state_file)
+            kept = {f"weights.{name}": p.detach() for name, p in parameters.items()}
+            kept |= {f"average.{name}": value for name, value in average.items()}
+            # What no loss depends on (layers above the one that is read) has no moments.
+            with_moments = {name: adam.state[p] for name, p in parameters.items() if adam.state[p]}
+            kept |= {f"{kind}.{name}": moments[kind] for name, moments in with_moments.items() for kind in _MOMENTS}
+            _save({**kept, "step": torch.tensor(step + 1)}, state_file)
             saved = time.monotonic()
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -104,7 +112,7 @@ def learn(
     model.eval()
 
 
-def _save(state: Mapping[str, object], path: Path) -> None:
+def _save(state: Mapping[str, Tensor], path: Path) -> None:
     draft = path.with_name(f".{path.name}")
-    torch.save(state, draft)
+    save_file({name: value.contiguous() for name, value in state.items()}, draft)
     draft.replace(path)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from mgie.pretraining.patches import patch_labels
 from mgie.tiny.world import make_sample
 from mgie.tiny.world.samples import SIDE_PX, Split
 
@@ -81,6 +82,16 @@ class Corpus:
         """Pictures after the edit, [B, S, S, 3]."""
         return self._picked(numbers, 1)
 
+    def patches(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """What the sources' patches show, [B, P, 3], see `patches.py`."""
+        return np.stack([self._patches[n // SHARD_SAMPLES][n % SHARD_SAMPLES] for n in numbers.tolist()]).astype(
+            np.int64
+        )
+
+    @cached_property
+    def _patches(self) -> list[npt.NDArray[np.uint8]]:
+        return [np.load(shard / "patches.npy") for shard in self._shards]
+
     def _picked(self, numbers: npt.NDArray[np.int64], which: int) -> npt.NDArray[np.uint8]:
         return np.stack([self._pictures[n // SHARD_SAMPLES][which][n % SHARD_SAMPLES] for n in numbers.tolist()])
 
@@ -92,6 +103,7 @@ def _make_shard(shard: Path, seed: int, split: Split, start: int) -> None:
     draft.mkdir(parents=True, exist_ok=True)
     np.save(draft / "sources.npy", np.stack([sample.source_pixels for sample in samples]))
     np.save(draft / "goals.npy", np.stack([sample.goal_pixels for sample in samples]))
+    np.save(draft / "patches.npy", np.stack([patch_labels(sample) for sample in samples]))
     names = [field.name for field in dataclasses.fields(Words)]
     lines = [json.dumps({name: getattr(sample, name) for name in names}) for sample in samples]
     (draft / "words.jsonl").write_text("\n".join(lines))

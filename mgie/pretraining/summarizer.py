@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration, T5Tokenizer
 
 from mgie.prompts import IGNORE, SUMMARIZE, clean_expressive
-from mgie.tiny.learn.corpus import Corpus
-from mgie.tiny.learn.loop import Course, learn
+from mgie.pretraining.corpus import Corpus
+from mgie.pretraining.loop import Course, learn
 
 COURSE = Course(steps=2500, batch=48, lr=2e-3, seed=14)
 
