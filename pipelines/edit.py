@@ -46,7 +46,7 @@ from mgie.ledger import (
     to_table,
 )
 from pipelines.cluster import StageSize, check_cluster, check_shared, start_ray
-from pipelines.editing import TRAVELLING_EDITS_SCHEMA, EditImages
+from pipelines.editing import TRAVELLING_EDITS_SCHEMA, EditImages, row_seed
 from pipelines.lease import hold_lease
 from pipelines.stages import FetchSources
 from pipelines.storage import Folder, RunRecord, claim, fingerprint, open_folder
@@ -81,6 +81,8 @@ class EditConfig:
     "image guidance; none: the bundle's"
     sampler: Sampler | None = None
     "sampling algorithm; none: the bundle's"
+    detail_transfer: bool | None = None
+    "make the change to the photo's own pixels; none: the bundle's"
     format: OutputFormat = "png"
     "file format of the results"
     device: str = "auto"
@@ -107,7 +109,7 @@ class EditConfig:
     @property
     def settings(self) -> dict[str, Any]:
         """The sampling settings given."""
-        names = ("steps", "guidance_scale", "image_guidance_scale", "sampler")
+        names = ("steps", "guidance_scale", "image_guidance_scale", "sampler", "detail_transfer")
         return {name: getattr(self, name) for name in names}
 
 
@@ -212,13 +214,12 @@ def _edits(config: EditConfig, asked: list[dict[str, Any]]) -> list[dict[str, An
         given = row.get("expressive")
         key = json.dumps([row["image"], given, row.get("seed")]).encode()
         number = row_id(key, b"", row["instruction"], "forward")
-        own = hashlib.sha256(f"{config.seed}:{number}".encode()).digest()
         rows[number] = {
             "id": number,
             "image": row["image"],
             "instruction": row["instruction"],
             "given": given,
-            "seed": row["seed"] if row.get("seed") is not None else int.from_bytes(own[:4], "big"),
+            "seed": row["seed"] if row.get("seed") is not None else row_seed(config.seed, number),
             "attempt": 1,
             "status": "rejected",  # until it is ok
         }

@@ -4,6 +4,7 @@ Rows pass through as in `stages.py`: one that cannot be edited leaves with a rea
 """
 
 import dataclasses
+import hashlib
 import json
 import time
 from collections import defaultdict
@@ -11,17 +12,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+import torch
 from PIL import Image
 
 from mgie.bundles import open_bundle
 from mgie.conditioner import EditRequest
 from mgie.editor import SOFTWARE
-from mgie.images import EditMetadata, OutputFormat, write_image
+from mgie.images import EditMetadata, OutputFormat, from_work, write_image
 from mgie.ledger import EDITS_SCHEMA, rejection, to_table
 from mgie.renderer import RenderRequest
 from pipelines.stages import PIXEL_FIELDS, in_halves, one_line
 
 TRAVELLING_EDITS_SCHEMA = pa.schema([*EDITS_SCHEMA, *PIXEL_FIELDS, pa.field("data", pa.binary())])
+
+
+def row_seed(seed: int, number: int) -> int:
+    """The seed of the row with id `number` in a run with `seed`, 0 to 2**32 - 1: whatever else is edited."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:4], "big")
 
 
 class EditImages:
@@ -46,10 +53,22 @@ class EditImages:
         dtype: str,
     ) -> None:
         opened = open_bundle(bundle)
-        self._settings = opened.config.defaults.override(**settings)
+        self._defaults = opened.config.defaults
+        self.use(settings)
         self._conditioner = opened.load_conditioner(device=device, dtype=dtype)
         self._renderer = opened.load_renderer(device=device, dtype=dtype)
         self._identity, self._format, self._batch_size = opened.identity, output_format, batch_size
+
+    def use(self, settings: Mapping[str, Any]) -> None:
+        """From now on edits with other settings in place of the given ones. Raises ConfigError."""
+        self._settings = self._defaults.override(**settings)
+
+    def reconstruct(self, image: Image.Image) -> Image.Image:
+        """The image through the VAE and back: as near as an edit by this bundle can come to it."""
+        framing = self._renderer.framing(image.size, self._settings)
+        with torch.inference_mode():
+            latents = self._renderer.encode(image, framing) * self._renderer.codec.scaling_factor
+            return from_work(self._renderer.decode(latents), framing)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Adds the encoded results (`data`) and settles each row's status; the pixels end here."""

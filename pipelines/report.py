@@ -121,18 +121,19 @@ def _samples(out: Folder, images: Folder, seed: int) -> list[dict[str, Any]]:
             elif (place := chooser.randrange(seen)) < _NUM_SAMPLES:
                 chosen[place] = row
     for row in chosen:
-        row |= {name: _thumbnail(images, row[name]) for name in ("source", "goal")}
+        row |= {name: thumbnail(images, row[name]) for name in ("source", "goal")}
     return chosen
 
 
-def _thumbnail(images: Folder, uri: str) -> str:
+def thumbnail(images: Folder, uri: str) -> str:
+    """A small picture as a data URL; "" where it cannot be read."""
     try:
         image = read_image(images.read(uri))
     except (MGIEError, OSError):
         return ""
     scale = _THUMBNAIL_PX / max(image.size)
     small = resize(image, (max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-    return "data:image/webp;base64," + base64.b64encode(write_image(small, format="webp", quality=80)).decode()
+    return "data:image/jpeg;base64," + base64.b64encode(write_image(small, format="jpeg", quality=85)).decode()
 
 
 def _page(report: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> str:

@@ -24,6 +24,7 @@ from pipelines.readers.base import (
     guarded,
     image,
     image_cell,
+    kept,
     split_name,
     text,
     text_or_none,
@@ -55,10 +56,13 @@ class Columns:
     "what the turns of a session share"
     split: str = ""
     "train, val or test; without it the name of the file decides, else all is train"
+    keep: tuple[str, ...] = ()
+    "more columns of plain values, for the provenance of each row"
 
     def names(self) -> list[str]:
         """The columns that are needed."""
-        return list(dict.fromkeys(getattr(self, field.name) for field in fields(self) if getattr(self, field.name)))
+        named = [getattr(self, field.name) for field in fields(self) if field.name != "keep"]
+        return list(dict.fromkeys(name for name in (*named, *self.keep) if name))
 
 
 def _edit(record: Mapping[str, Any], columns: Columns, default_split: str, where: Mapping[str, Any]) -> RawEdit:
@@ -76,7 +80,7 @@ def _edit(record: Mapping[str, Any], columns: Columns, default_split: str, where
         goal_caption=text_or_none(record, columns.goal_caption) if columns.goal_caption else None,
         turn=whole_or_none(record, columns.turn) if columns.turn else None,
         session=None if session is None else str(session),
-        provenance=where,
+        provenance={**where, **kept(record, *columns.keep)},
     )
 
 

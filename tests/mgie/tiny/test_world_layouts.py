@@ -12,7 +12,9 @@ from mgie.tiny.world import LAYOUTS, layouts, make_sample, write_layout
 from pipelines.readers import BadRow, Columns, Layout, RawEdit, make_reader
 from pipelines.storage import open_folder
 
-OWN = Columns(mask="mask", source_caption="source_caption", goal_caption="goal_caption")
+OWN = Columns(
+    mask="mask", source_caption="source_caption", goal_caption="goal_caption", keep=("operation", "tiny_world")
+)
 COUNT = 6
 WITHOUT_CAPTIONS = {"magicbrush", "gier", "ma5k", "evr", "mgie"}
 WITH_MASKS = {"magicbrush", "magicbrush-test", "ultraedit", "parquet", "jsonl", "webdataset"}
@@ -52,6 +54,15 @@ def test_the_reader_of_a_layout_reads_what_was_written(layout: Layout, tmp_path:
         assert source != goal
         assert read_image(source).size == (48, 48)
         assert (row.mask is not None) == (layout in WITH_MASKS)
+
+
+@pytest.mark.parametrize("layout", ["parquet", "jsonl", "webdataset"])
+def test_a_row_of_an_own_layout_says_which_sample_it_is(layout: Layout, tmp_path: Path) -> None:
+    write_layout(layout, tmp_path, 3, seed=4, split="test", side_px=48)
+    for row in _read(layout, tmp_path):
+        sample = make_sample(**row.provenance["tiny_world"])
+        assert sample.instruction == row.instruction
+        assert sample.operation == row.provenance["operation"]
 
 
 @pytest.mark.parametrize("layout", ["ipr2pr", "jsonl", "webdataset", "mgie"])

@@ -405,11 +405,14 @@ def test_columns_are_mapped(tmp_path: Path) -> None:
     extra = {"m": "pictures of mine/0_E.jpg", "round": "2", "chat": 77, "part": "validation"}
     (tmp_path / "raw" / "rows.jsonl").write_text("\n\n".join(json.dumps(record | extra) for record in records))
     columns = Columns(
-        source="before", goal="after", instruction="say", mask="m", turn="round", session="chat", split="part"
-    )
+        source="before", goal="after", instruction="say", mask="m", turn="round", session="chat", split="part",
+        keep=("round", "part", "gone"),
+    )  # fmt: skip
     rows = _read("jsonl", tmp_path, columns)
     assert [(r["mask"], r["turn"], r["session"], r["split"]) for r in rows] == [(extra["m"], 2, "77", "val")] * 2
     assert rows[0]["source_caption"] is None
+    kept = json.loads(rows[0]["provenance"])
+    assert (kept["round"], kept["part"], "chat" in kept, "gone" in kept) == ("2", "validation", False, False)
 
 
 @pytest.mark.parametrize(
