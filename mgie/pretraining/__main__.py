@@ -18,6 +18,7 @@ from mgie.pretraining import clip, editor, head, llava, summarizer, vae
 from mgie.pretraining.corpus import SHARD_SAMPLES, Corpus
 from mgie.pretraining.loop import Course
 from mgie.pretraining.words import clip_tokenizer, llama_tokenizer, t5_tokenizer
+from mgie.tiny.shipped import pack
 from mgie.tiny.world import write_layout
 
 _SEED = 5  # of the world
@@ -31,7 +32,7 @@ class StageConfig:
     """One stage: reads the folders of earlier ones, writes its own."""
 
     stage: str
-    "corpus, raw, test-raw, vae, clip, llava, summarizer, ip2p-start or mgie-start"
+    "corpus, raw, test-raw, vae, clip, llava, summarizer, ip2p-start, mgie-start or pack"
     out: Path
     "folder of the stage"
     corpus: Path | None = None
@@ -42,8 +43,12 @@ class StageConfig:
     "folder of the stage `clip`"
     llava: Path | None = None
     "folder of the stage `llava`"
+    summarizer: Path | None = None
+    "folder of the stage `summarizer`"
     ip2p: Path | None = None
     "bundle of a trained InstructPix2Pix, whose UNet is taken"
+    mgie: Path | None = None
+    "bundle of a trained MGIE"
     share: float = 1.0
     "of samples and steps: less for a trial"
     rows: int = 1000
@@ -154,6 +159,15 @@ def _start_mgie(config: StageConfig) -> None:
     )  # fmt: skip
 
 
+def _pack(config: StageConfig) -> None:
+    folders = {
+        "tiny": _given(config.mgie),
+        "tiny-llava": _given(config.llava) / "bundle",
+        "tiny-summarizer": _given(config.summarizer) / "bundle",
+    }
+    pack({name: Bundle(folder) for name, folder in folders.items()}, config.out / "shipped")
+
+
 def _load_clip(config: StageConfig) -> CLIPModel:
     return CLIPModel.from_pretrained(_given(config.clip) / "clip", local_files_only=True)
 
@@ -172,6 +186,7 @@ _STAGES: dict[str, Callable[[StageConfig], None]] = {
     "summarizer": _learn_summarizer,
     "ip2p-start": _start_ip2p,
     "mgie-start": _start_mgie,
+    "pack": _pack,
 }
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ SCHEDULER: dict[str, Any] = {
     "rescale_betas_zero_snr": True,
     "timestep_spacing": "trailing",
 }
-_SETTINGS = EditSettings(sampler="ddim", steps=8, guidance_scale=1.5, image_guidance_scale=1.0)
+_SETTINGS = EditSettings(sampler="ddim", steps=8, guidance_scale=1.5, image_guidance_scale=1.0, detail_transfer=True)
 _WORK: dict[str, Any] = {"work_area_px": IMAGE_SIDE_PX**2, "multiple_px": 16, "defaults": _SETTINGS}
 # Short answers say the user's words again, which forbidding repeated 3-grams of the question would prevent.
 _GENERATION = GenerationConfig(max_new_tokens=64, no_repeat_ngram_size=0)
