@@ -61,6 +61,7 @@ def edit(
     image_guidance_scale: float | None = None,
     sampler: Sampler | None = None,
     square_crop: bool | None = None,
+    detail_transfer: bool | None = None,
     expressive: str | None = None,
     format: OutputFormat = "png",  # noqa: A002  # the flag's name
     device: str = "auto",
@@ -81,6 +82,8 @@ def edit(
         image_guidance_scale: How strongly to keep to the source; default: the bundle's.
         sampler: Sampling algorithm; default: the bundle's.
         square_crop: Crop to the centre square as the published pipeline does.
+        detail_transfer: Make the change to the photo's own pixels, so that what is not edited stays sharp;
+            default: the bundle's.
         expressive: Your own expressive instruction, in place of a derived one.
         format: File format in a folder of results.
         device: auto, cpu, mps, cuda or cuda:N.
@@ -105,6 +108,7 @@ def edit(
         "image_guidance_scale": image_guidance_scale,
         "sampler": sampler,
         "square_crop": square_crop,
+        "detail_transfer": detail_transfer,
     }
     editor.bundle.defaults.override(**settings)  # refuses bad settings before the first edit
     failed = 0

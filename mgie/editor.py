@@ -18,6 +18,7 @@ from mgie.conditioner import Conditioner, EditRequest, Guidance
 from mgie.config import MAX_SEED, BundleConfig, EditSettings, GenerationConfig, ImageLimits, check_range
 from mgie.errors import ImageError
 from mgie.images import DEFAULT_LIMITS, EditMetadata, OutputFormat, read_image, to_rgb, write_image
+from mgie.masks import check_mask
 from mgie.renderer import Renderer, RenderRequest
 
 SOFTWARE = "MGIE"
@@ -111,6 +112,7 @@ class Editor:
         *,
         seed: int | None = None,
         expressive: str | None = None,
+        mask: Image.Image | bytes | str | Path | None = None,
         generation: GenerationConfig | None = None,
         on_step: Callable[[int, int], None] | None = None,
         **settings: Any,
@@ -122,12 +124,14 @@ class Editor:
             instruction: What to change, in a few words.
             seed: 0 to 2**63 - 1; None draws one, which the result names.
             expressive: Your own expressive instruction, used in place of a derived one.
+            mask: Where the picture may change: an image of the source's size, white = edit, black = keep each pixel
+                as it is. None = everywhere.
             generation: How the expressive instruction is written; None = the bundle's way.
             on_step: Called after each denoising step with the steps done and their total.
             settings: Fields of `EditSettings`, over the bundle's defaults.
 
         Raises:
-            ImageError: The image cannot be read or is outside the limits.
+            ImageError: The image or mask cannot be read, is outside the limits, or they do not fit each other.
             PromptError: A text is blank or too long.
             ConfigError: A setting is unknown or out of range.
         """
@@ -135,11 +139,14 @@ class Editor:
         used = self.bundle.defaults.override(**settings)
         seed = random_seed() if seed is None else seed
         check_range("seed", seed, 0, MAX_SEED)  # here, because the MLLM would have worked in vain
+        allowed = None if mask is None else load_source(mask).convert("L")
+        if allowed is not None:  # here, too
+            check_mask(allowed, self._renderer.framing(source.size, used))
         started = time.perf_counter()
         request = EditRequest(image=source, instruction=instruction, expressive=expressive)
         [guidance] = self._conditioner.derive([request], generation)
         derived = time.perf_counter()
-        render = RenderRequest(image=source, guidance=guidance, settings=used, seed=seed)
+        render = RenderRequest(image=source, guidance=guidance, settings=used, seed=seed, mask=allowed)
         [(_, edited)] = self._renderer.render([render], on_step=on_step)
         return EditResult(
             image=edited,

@@ -9,6 +9,9 @@
     │   └── ConversionError      a published checkpoint cannot become a bundle
     ├── DataError                a data set, ledger or cache is not what it should be
     ├── TrainingError            a training run cannot go on
+    ├── RenderError              the diffusion model's output is no picture
+    ├── EngineFullError          the engine has no room for another edit; later it may
+    ├── DeadlineError            an edit was not done in its time
     └── ParityError              a folder of reference vectors cannot be read
 
 A message names the thing, the value got and the value allowed. Knows nothing of HTTP: `serving`
@@ -61,6 +64,27 @@ class DataError(MGIEError):
 
 class TrainingError(MGIEError):
     """A training run cannot go on: its losses or gradients are not finite any more."""
+
+
+class RenderError(MGIEError):
+    """The diffusion model's output is no picture: not all of it is finite."""
+
+
+class EngineFullError(MGIEError):
+    """The engine has no room for another edit now.
+
+    Args:
+        message: As for every error.
+        retry_after_s: Seconds until there may be room, estimated.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineError(MGIEError):
+    """An edit was not done in the time it was given."""
 
 
 class ParityError(MGIEError):

@@ -515,9 +515,14 @@ def plan_framing(
     return Framing(source_wh, (columns * multiple_px, rows * multiple_px), square_crop)
 
 
+def framed(image: Image.Image, framing: Framing) -> Image.Image:
+    """What the model is to see of the source, at its own size: all of it, or its centre square."""
+    return center_square(image) if framing.square_crop else image
+
+
 def to_work(image: Image.Image, framing: Framing) -> Float[Tensor, "3 H W"]:
     """The source at the framing's work size, [-1, 1]."""
-    return to_signed(resize(center_square(image) if framing.square_crop else image, framing.work_wh))
+    return to_signed(resize(framed(image, framing), framing.work_wh))
 
 
 def from_work(pixels: Float[Tensor, "3 H W"], framing: Framing) -> Image.Image:

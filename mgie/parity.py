@@ -536,7 +536,7 @@ class _Comparison:
             request = RenderRequest(image=source, guidance=guidance, settings=settings, seed=recorded["seed"])
             # Recorded images are of the working size already, whichever the bundle works at.
             framing = Framing(source_wh=source.size, work_wh=source.size, square_crop=False)
-            state = renderer.start(request, framing)
+            state = renderer.start(renderer.prepare(request, framing), request.seed)
             steps.tensor(f"gen{i}.image_latents", state.image_latents[None], v[f"gen{i}.image_latents"])
             draws.tensor(f"gen{i}.init_latents", state.latents[None], v[f"gen{i}.init_latents"], relative=False)
             stream = torch.Generator().set_state(state.generator.get_state())

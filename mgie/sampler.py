@@ -30,7 +30,7 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mgie.config import MAX_SEED, Sampler
@@ -100,6 +100,38 @@ class Schedule:
         """Whether each step takes a draw from the sample's generator (the last one too, scaled by zero)."""
         return self.sampler == "euler_ancestral"
 
+    def noised(self, clean: Float[Tensor, "c h w"], noise: Float[Tensor, "c h w"], step: int) -> Float[Tensor, "c h w"]:
+        """Latents that are `clean` but for the noise that is left after `step` steps, in the sampler's own scaling.
+
+        After the last step none is left, whatever level the schedule ends at.
+
+        Args:
+            clean: Scaled latents.
+            noise: Standard normal.
+            step: 0 to S.
+        """
+        sigma = self.sigmas[step] if step < self.num_steps else 0.0
+        if self.sampler == "euler_ancestral":
+            return clean + sigma * noise
+        alpha = 1 / math.sqrt(1 + sigma**2)
+        return alpha * clean + math.sqrt(1 - alpha**2) * noise
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Kept:
+    """The part of a sample that stays as its source: after each step it is the source at that step's noise level.
+
+    Source: Avrahami et al., Blended Latent Diffusion (arXiv 2206.02779), section 3.1; the noise is the sample's
+    initial one throughout, so keeping takes no draw and changes none.
+    """
+
+    where: Bool[Tensor, "1 h w"]
+    "True where it stays"
+    clean: Float[Tensor, "c h w"]
+    "source image, scaled latents"
+    noise: Float[Tensor, "c h w"]
+    "standard normal"
+
 
 @dataclass(kw_only=True, eq=False)
 class SampleState:
@@ -130,6 +162,8 @@ class SampleState:
     "steps done"
     predicted_x0: Float[Tensor, "c h w"] | None = None
     "the clean latents as the last step predicted them: shown as previews, remembered by the multistep sampler"
+    kept: Kept | None = None
+    "what of it must not change; None = all may"
     given_noise: Iterator[Tensor] | None = field(default=None, repr=False)
     "step noise [4, h, w] to take in place of the generator's (comparing with recorded runs)"
 
@@ -146,6 +180,9 @@ class SampleState:
         self.null_condition = self.null_condition.to(device)
         if self.predicted_x0 is not None:
             self.predicted_x0 = self.predicted_x0.to(device)
+        if self.kept is not None:
+            where, clean, noise = (tensor.to(device) for tensor in (self.kept.where, self.kept.clean, self.kept.noise))
+            self.kept = Kept(where=where, clean=clean, noise=noise)
 
 
 def make_schedule(scheduler_config: Mapping[str, Any], sampler: Sampler, steps: int) -> Schedule:
@@ -420,6 +457,9 @@ def denoise_step(denoiser: Denoiser, states: Sequence[SampleState]) -> None:
         state.latents = following[index]
         state.predicted_x0 = x0[index]
         state.step += 1
+        if (kept := state.kept) is not None:
+            known = state.schedule.noised(kept.clean, kept.noise, state.step)
+            state.latents = torch.where(kept.where, known, state.latents)
 
 
 def sample(denoiser: Denoiser, states: Sequence[SampleState]) -> None:

@@ -416,6 +416,7 @@ def edit_response(call: EditCall, outcome: EditOutcome, bundle: BundleInfo, *, t
             guidance_scale=settings.guidance_scale,
             image_guidance_scale=settings.image_guidance_scale,
             square_crop=settings.square_crop,
+            detail_transfer=settings.detail_transfer,
             model=bundle.name,
             bundle=guidance.bundle,
             trained=bundle.trained,

@@ -117,6 +117,7 @@ class EditForm(BaseModel):
     sampler: Sampler | None = Field(None, description="Sampling algorithm.")
     expressive: Text | None = Field(None, description="The expressive instruction, given instead of derived.")
     square_crop: bool | None = Field(None, description="Edit the centre square, as the published pipeline does.")
+    detail_transfer: bool | None = Field(None, description="Make the change to the photo's own pixels: stays sharp.")
 
 
 # Known to OpenAI's clients, not built yet, and never ignored in silence.
@@ -178,7 +179,7 @@ def parse_edit_form(fields: Iterable[tuple[str, str | bytes]]) -> EditForm:
 
 def edit_call(form: EditForm) -> EditCall:
     """What the stages get of a form; draws the seed if none is given."""
-    names = ("sampler", "steps", "guidance_scale", "image_guidance_scale", "square_crop")
+    names = ("sampler", "steps", "guidance_scale", "image_guidance_scale", "square_crop", "detail_transfer")
     given = {name: getattr(form, name) for name in names}
     return EditCall(
         image=form.image,
@@ -283,6 +284,7 @@ class EditDetails(BaseModel):
     guidance_scale: float
     image_guidance_scale: float
     square_crop: bool
+    detail_transfer: bool
     model: str
     bundle: str = Field(description="Identity of the bundle's content.")
     trained: bool = Field(description="False: random weights, the result means nothing.")

@@ -25,7 +25,7 @@ from torch import Tensor
 from mgie.config import MAX_SEED, SAMPLERS, Sampler
 from mgie.errors import ConfigError
 from mgie.guidance import Denoiser
-from mgie.sampler import SampleState, Schedule, denoise_step, make_schedule, sample, start
+from mgie.sampler import Kept, SampleState, Schedule, denoise_step, make_schedule, sample, start
 
 CONFIG: dict[str, Any] = {  # of the published InstructPix2Pix
     "_class_name": "EulerAncestralDiscreteScheduler",
@@ -623,3 +623,41 @@ def test_given_noise_replaces_the_generators(
     state.given_noise = iter(vectors["gen0.step_noise"][:, 0])
     sample(reference_unet, [state])
     assert relative_error(state.latents, vectors["gen0.step_latents"][-1][0]) < 5e-5
+
+
+# ---- what is kept
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_kept_latents_follow_the_source_at_each_level_and_are_the_source_at_the_end(
+    unet: Denoiser, sampler: Sampler
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    clean, noise = torch.randn(2, 4, 8, 8, generator=generator)
+    where = torch.rand(1, 8, 8, generator=generator) < 0.5
+    schedule = make_schedule(CONFIG, sampler, 5)
+    state, free = make_state(schedule), make_state(schedule)
+    state.kept = Kept(where=where, clean=clean, noise=noise)
+    scheduler = DIFFUSERS[sampler].from_config(CONFIG)
+    scheduler.set_timesteps(5)
+    for step in range(5):
+        denoise_step(unet, [state, free])
+        expected = clean
+        if step < 4:
+            timestep = scheduler.timesteps[step + 1 : step + 2]
+            expected = scheduler.add_noise(clean[None], noise[None], timestep)[0]
+        assert torch.allclose(state.latents[:, where[0]], expected[:, where[0]], atol=1e-5, rtol=1e-5)
+        assert not torch.isclose(state.latents, expected)[:, ~where[0]].all()
+    assert torch.equal(state.latents[:, where[0]], clean[:, where[0]])
+    assert torch.equal(state.generator.get_state(), free.generator.get_state())
+
+
+def test_where_nothing_is_kept_nothing_differs(unet: Denoiser) -> None:
+    schedule = make_schedule(CONFIG, "euler_ancestral", 3)
+    state, free = make_state(schedule), make_state(schedule)
+    state.kept = Kept(
+        where=torch.zeros(1, 8, 8, dtype=torch.bool), clean=torch.zeros(4, 8, 8), noise=torch.zeros(4, 8, 8)
+    )
+    for one in (state, free):
+        sample(unet, [one])
+    assert torch.equal(state.latents, free.latents)

@@ -20,6 +20,7 @@ def test_strings_become_values() -> None:
         ("image_guidance_scale", "1.25"),
         ("sampler", "ddim"),
         ("square_crop", "true"),
+        ("detail_transfer", "false"),
         ("stream", "false"),
         ("output_format", "jpeg"),
         ("output_compression", "0"),
@@ -28,6 +29,7 @@ def test_strings_become_values() -> None:
     assert call.seed == 18446744073
     assert dict(call.overrides) == {
         "sampler": "ddim", "steps": 7, "guidance_scale": 3.0, "image_guidance_scale": 1.25, "square_crop": True,
+        "detail_transfer": False,
     }  # fmt: skip
     assert (call.output_format, call.output_quality) == ("jpeg", 0)
 
