@@ -344,7 +344,8 @@ class Bundle:
     def load_codec(self) -> LatentCodec:
         """The `vae` part, float32, on the CPU, not training."""
         self.verify(("vae",), hashes=False)
-        return LatentCodec(_load_pretrained(AutoencoderKL, self.root / "vae", torch.float32)).eval()
+        vae = _load_pretrained(AutoencoderKL, self.root / "vae", torch.float32)
+        return LatentCodec(vae, makes_change=self.config.makes_change).eval()
 
     def scheduler_config(self) -> dict[str, Any]:
         """diffusers' configuration of the noise schedule."""

@@ -153,6 +153,8 @@ class BundleConfig:
     "hidden layer of the vision tower that LLaVA reads"
     sees_image: bool = True
     "false: a text-only LLM, the paper's LGIE; `vision` and `projector` are not used"
+    makes_change: bool = False
+    "true: the diffusion model makes the difference of goal and source latents, not the goal's"
     dimensions: Mapping[str, int] = field(default_factory=dict)
     "sizes worth showing; each part's own configuration is what counts"
     work_area_px: int = 512 * 512

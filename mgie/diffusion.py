@@ -24,11 +24,15 @@ class LatentCodec(nn.Module):
     the posterior *mode, not scaled*.
 
     A VAE that takes 3 p^2 channels sees each block of p x p pixels as one position: p = 1 for Stable Diffusion.
+
+    Args:
+        makes_change: The diffusion model makes the difference of goal and source latents, not the goal's: where
+            nothing is to change, it makes 0. False as published.
     """
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: AutoencoderKL, *, makes_change: bool = False) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae, self.makes_change = vae, makes_change
         self._block_px = math.isqrt(int(vae.config.in_channels) // 3)
 
     @property
@@ -59,6 +63,18 @@ class LatentCodec(nn.Module):
     ) -> Float[Tensor, "B c h w"]:
         """Scaled posterior sample for given standard normal `noise`."""
         return (mean + torch.exp(0.5 * logvar) * noise) * self.scaling_factor
+
+    def made_of(
+        self, goal_latents: Float[Tensor, "*B c h w"], image_latents: Float[Tensor, "*B c h w"]
+    ) -> Float[Tensor, "*B c h w"]:
+        """What the diffusion model has to make, of scaled goal latents and condition latents."""
+        return goal_latents - image_latents * self.scaling_factor if self.makes_change else goal_latents
+
+    def edited_of(
+        self, made: Float[Tensor, "*B c h w"], image_latents: Float[Tensor, "*B c h w"]
+    ) -> Float[Tensor, "*B c h w"]:
+        """Scaled latents of the edited image, of what the diffusion model has made and condition latents."""
+        return made + image_latents * self.scaling_factor if self.makes_change else made
 
     def decode(self, latents: Float[Tensor, "B c h w"]) -> Float[Tensor, "B 3 H W"]:
         """Pixels, about [-1, 1], of scaled latents."""

@@ -144,6 +144,7 @@ class DiffusionHalf(nn.Module):
         place_weights = None
         if self.objective.change_weight:
             place_weights = change_weights(goal / self.codec.scaling_factor, source, self.objective.change_weight)
+        goal = self.codec.made_of(goal, source)
         condition, source = drop_conditions(
             condition, null_condition, source, draws.dropout_u, share=self.objective.condition_dropout
         )

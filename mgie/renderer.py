@@ -141,7 +141,7 @@ class Renderer:
             height, width = state.latents.shape[1:]
             state.kept = Kept(
                 where=kept_latents(edit.request.mask, edit.framing, (height, width)).to(self.device),
-                clean=state.image_latents * self.codec.scaling_factor,
+                clean=self.codec.made_of(state.image_latents * self.codec.scaling_factor, state.image_latents),
                 noise=state.latents / schedule.init_noise_sigma,
             )
         return state
@@ -154,7 +154,7 @@ class Renderer:
         """
         if not latents.isfinite().all():
             raise RenderError("the latents are not finite after the last step; they must be")
-        edited = self.decode(latents)
+        edited = self.decode(self.codec.edited_of(latents, edit.image_latents))
         source = framed(edit.request.image, edit.framing)
         if edit.request.settings.detail_transfer:
             if edit.guide is None:
@@ -173,6 +173,7 @@ class Renderer:
             latents: Scaled and clean, as predicted by a step.
             is_cheap: Colours straight from the latents, an eighth as sharp, without the VAE.
         """
+        latents = self.codec.edited_of(latents, edit.image_latents)
         if is_cheap:
             if self._colors is None:
                 self._colors = fit_colors(self.codec)

@@ -60,7 +60,7 @@ _TRAIN = (
     "pipelines/train.py", "--workers.num", "1", "--threads", "1", "--loader-threads", "1", "--checkpoint-every", "200",
     "--validate-every", "500", "--sample-every", "500", "--sample-steps", "8", "--training.dtype", "bfloat16",
     "--training.optimizer.beta2", "0.98", "--training.optimizer.weight-decay", "0.01",
-    "--training.objective.condition-dropout", "0.03", "--training.objective.timestep-shift", "3.0",
+    "--training.objective.condition-dropout", "0.03", "--training.objective.timestep-shift", "2.0",
     "--training.objective.change-weight", "4.0", "--training.global-batch", "32",
     "--training.optimizer.lr-tokens", "5e-4", "--training.optimizer.lr-edit-head", "1e-3",
 )  # fmt: skip

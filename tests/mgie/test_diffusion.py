@@ -236,3 +236,14 @@ def test_a_vae_of_blocks_sees_each_block_as_one_position() -> None:
         torch.testing.assert_close(mean, vae.encode(blocks).latent_dist.mean)
         decoded = vae.decode(mean).sample.view(2, 3, 2, 2, 8, 12).permute(0, 1, 4, 2, 5, 3).reshape(2, 3, 16, 24)
         torch.testing.assert_close(codec.decode(mean * codec.scaling_factor), decoded)
+
+
+def test_a_change_is_the_difference_of_latents_and_is_added_again() -> None:
+    vae = AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4, scaling_factor=0.25)
+    goal, source = random_latents(1), random_latents(2)
+    plain, change = LatentCodec(vae), LatentCodec(vae, makes_change=True)
+    assert torch.equal(plain.made_of(goal, source), goal)
+    assert torch.equal(plain.edited_of(goal, source), goal)
+    torch.testing.assert_close(change.made_of(goal, source), goal - 0.25 * source)
+    assert not change.made_of(0.25 * source, source).any()
+    torch.testing.assert_close(change.edited_of(change.made_of(goal, source), source), goal)

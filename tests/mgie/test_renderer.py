@@ -100,3 +100,21 @@ def test_a_bad_seed_is_named(renderer: Renderer) -> None:
 
 def test_no_requests_give_nothing(renderer: Renderer) -> None:
     assert list(renderer.render([])) == []
+
+
+def test_a_model_that_makes_changes_and_makes_none_gives_the_source_back(tiny_bundle: Bundle) -> None:
+    unet = tiny_bundle.load_unet()
+    unet.conv_out.weight.data.zero_()
+    unet.conv_out.bias.data.zero_()
+    codec = tiny_bundle.load_codec()
+    codec.makes_change = True
+    scheduler = tiny_bundle.scheduler_config() | {"prediction_type": "sample", "rescale_betas_zero_snr": True}
+    renderer = Renderer(
+        unet=unet, codec=codec, scheduler_config=scheduler | {"timestep_spacing": "trailing"},
+        work_area_px=128 * 128, multiple_px=16,
+    )  # fmt: skip
+    request = _request(0, (128, 128), sampler="ddim", guidance_scale=1.5, image_guidance_scale=1.0)
+    framing = renderer.framing(request.image.size, request.settings)
+    expected = renderer.decode(renderer.encode(request.image, framing) * codec.scaling_factor)
+    pixels = torch.from_numpy(_alone(renderer, request)).permute(2, 0, 1) / 127.5 - 1
+    torch.testing.assert_close(pixels.float(), expected.clamp(-1, 1).float(), atol=0.005, rtol=0)
