@@ -38,6 +38,7 @@ MGIE_ORDER = (
     "sampler",
     "loss",
     "conditioner",
+    "guidance_cache",
     "renderer",
     "turns",
     "admission",

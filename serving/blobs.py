@@ -1,0 +1,371 @@
+"""Bytes under keys, in a local folder or in S3: written whole or not at all, and on a condition where several may write.
+
+Any number of processes may have the same store open. Keys look like `folder/name`; they are made by this package,
+never taken from a user. Methods block, some for seconds, and are safe to call from any thread. Knows nothing of what
+is stored.
+"""
+
+import fcntl
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import ClientError, IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+
+from mgie.bundles import S3_ERRORS
+from mgie.errors import ConfigError, MGIEError
+
+S3_ATTEMPTS = (
+    6  # with 5 % of requests failing, one in 10^8 fails for good; a store that is gone is given up in half a minute
+)
+CONFLICT_PAUSE_S = 0.2
+MAX_URL_S = 7 * 86_400  # the longest that S3 signs for
+LEFTOVER_S = 3600.0  # no write takes this long
+
+_CONDITION_ERRORS = (404, 409, 412)  # gone, collided with another conditional write, not as expected
+
+
+class StoreError(MGIEError):
+    """A store is in trouble, or refuses: no room, no permission, throttled beyond patience, not reachable.
+
+    The message is for operators: it may hold paths and host names.
+    """
+
+
+@dataclass(frozen=True)
+class Blob:
+    """What lies under a key."""
+
+    data: bytes
+    version: str
+    "differs between any two contents"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One key of a listing."""
+
+    key: str
+    modified_s: float
+    "Unix time of the last write, by the store's clock"
+
+
+class Blobs(Protocol):
+    """A store. Every method raises StoreError."""
+
+    def read(self, key: str) -> Blob | None:
+        """The newest content; None if there is none."""
+        ...
+
+    def write(self, key: str, data: bytes, *, content_type: str, expires_s: float, is_durable: bool = False) -> None:
+        """Puts or replaces a content.
+
+        Args:
+            expires_s: Unix time after which no cache may keep it; nothing is deleted then.
+            is_durable: Return when it would survive a power cut, for which a local disk takes some ten milliseconds.
+                Otherwise one may leave it absent, empty or in part. In S3 all is durable.
+        """
+        ...
+
+    def write_if(self, key: str, data: bytes, *, version: str | None) -> str | None:
+        """Replaces the content of a version, or with None puts one where there is none; durable.
+
+        Args:
+            data: Must differ from all that anybody else may write there, so that a write whose answer was lost
+                can be told from another's.
+
+        Returns:
+            The new version; None if the content is not of the version expected, and stays.
+        """
+        ...
+
+    def delete(self, key: str, *, version: str | None = None) -> None:
+        """Removes the content, if it is there and, where a version is given, of that version."""
+        ...
+
+    def list(self, prefix: str, *, after: str = "") -> Iterator[Entry]:
+        """The keys that begin with `folder/start` and come behind `after`, sorted."""
+        ...
+
+    def url(self, key: str, *, valid_s: float) -> str | None:
+        """An address at which anybody may read the content for a while; None if the store has no such thing."""
+        ...
+
+
+def open_blobs(url: str, *, endpoint: str | None = None) -> Blobs:
+    """The store of a URL: a local folder, which is made, or `s3://bucket/prefix`, which is not contacted yet.
+
+    Args:
+        url: See above. Credentials and region are found as boto3 finds them.
+        endpoint: Address of an S3 store that is not Amazon's; None = from the environment (AWS_ENDPOINT_URL).
+
+    Raises:
+        ConfigError: The URL has another scheme or no bucket.
+        StoreError: The folder cannot be made or written to.
+    """
+    if url.startswith("s3://"):
+        bucket, _, prefix = url.removeprefix("s3://").rstrip("/").partition("/")
+        if not bucket:
+            raise ConfigError(f"store is {url!r}; an S3 URL is s3://bucket/prefix")
+        return S3Blobs(bucket, prefix, endpoint=endpoint)
+    if not url or "://" in url:
+        raise ConfigError(f"store is {url!r}; it must be a local folder or s3://bucket/prefix")
+    return LocalBlobs(Path(url).expanduser().absolute())
+
+
+@contextmanager
+def _told(action: str) -> Iterator[None]:
+    try:
+        yield
+    except S3_ERRORS as error:
+        raise StoreError(f"{action}: {error}") from error
+
+
+# ---- a folder
+
+
+class LocalBlobs:
+    """A folder, on this machine or mounted by several; see `Blobs`.
+
+    Contents are written to `tmp/`, then moved into place. Conditions are checked under a lock
+    that the kernel frees when its holder dies.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._tmp = folder / "tmp"
+        with _told(f"store {folder} cannot be opened"):
+            self._tmp.mkdir(parents=True, exist_ok=True)
+            for path in self._tmp.iterdir():  # of processes that were killed while they wrote
+                with suppress(FileNotFoundError):  # moved into place since
+                    if path.stat().st_mtime < time.time() - LEFTOVER_S:
+                        path.unlink()
+
+    def read(self, key: str) -> Blob | None:
+        """See `Blobs`."""
+        with _told(f"store {self._folder} cannot be read"):
+            try:
+                data = (self._folder / key).read_bytes()
+            except FileNotFoundError:
+                return None
+        return Blob(data, _version(data))
+
+    def write(
+        self,
+        key: str,
+        data: bytes,
+        *,
+        content_type: str,  # noqa: ARG002  # the Protocol's
+        expires_s: float,  # noqa: ARG002
+        is_durable: bool = False,
+    ) -> None:
+        """See `Blobs`."""
+        with (
+            _told(f"store {self._folder} cannot be written to"),
+            self._prepared(data, is_durable=is_durable) as prepared,
+        ):
+            self._publish(prepared, key, is_durable=is_durable)
+
+    def write_if(self, key: str, data: bytes, *, version: str | None) -> str | None:
+        """See `Blobs`."""
+        with (
+            _told(f"store {self._folder} cannot be written to"),
+            self._prepared(data, is_durable=True) as prepared,
+            self._locked(),
+        ):
+            if not self._is_at(key, version):
+                return None
+            self._publish(prepared, key, is_durable=True)
+        return _version(data)
+
+    def delete(self, key: str, *, version: str | None = None) -> None:
+        """See `Blobs`."""
+        with _told(f"store {self._folder} cannot be written to"), self._locked():
+            if version is None or self._is_at(key, version):
+                (self._folder / key).unlink(missing_ok=True)
+
+    def list(self, prefix: str, *, after: str = "") -> Iterator[Entry]:
+        """See `Blobs`."""
+        folder, _, start = prefix.rpartition("/")
+        with _told(f"store {self._folder} cannot be listed"):
+            try:
+                names = sorted(name for name in os.listdir(self._folder / folder) if name.startswith(start))  # noqa: PTH208  # a Path per name is slow
+            except FileNotFoundError:
+                names = []
+            for key in (f"{folder}/{name}" for name in names):
+                if key > after:
+                    try:
+                        entry = Entry(key, (self._folder / key).stat().st_mtime)
+                    except FileNotFoundError:  # deleted since
+                        continue
+                    yield entry
+
+    def url(self, key: str, *, valid_s: float) -> None:
+        """None: a folder has no addresses."""
+
+    def _is_at(self, key: str, version: str | None) -> bool:
+        blob = self.read(key)
+        return (blob and blob.version) == version
+
+    @contextmanager
+    def _prepared(self, data: bytes, *, is_durable: bool) -> Iterator[Path]:
+        """A file with this content that vanishes unless it is moved."""
+        handle, name = tempfile.mkstemp(dir=self._tmp)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            if is_durable:
+                _sync(Path(name))
+            yield Path(name)
+        finally:
+            Path(name).unlink(missing_ok=True)
+
+    def _publish(self, prepared: Path, key: str, *, is_durable: bool) -> None:
+        target = self._folder / key
+        target.parent.mkdir(exist_ok=True)
+        prepared.replace(target)
+        if is_durable:
+            _sync(target.parent)  # else a power cut may take the move back
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with (self._folder / "lock").open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # of this opening of the file: it holds off other threads too
+            yield
+
+
+def _sync(path: Path) -> None:
+    """Returns when the content of a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _version(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+# ---- S3
+
+
+class S3Blobs:
+    """A prefix of a bucket; see `Blobs`.
+
+    Needs GetObject, PutObject, DeleteObject and ListBucket (without the last, S3 answers "forbidden" for "absent"),
+    and a store that honours If-Match and If-None-Match on writes: Amazon's, recent MinIO and Ceph.
+    Where it ignores If-Match on deletes, `delete` with a version may take a content written in the same moment.
+    """
+
+    def __init__(self, bucket: str, prefix: str, *, endpoint: str | None) -> None:
+        self._url = f"s3://{bucket}/{prefix}"
+        self._bucket, self._prefix = bucket, f"{prefix}/" if prefix else ""
+        with _told(f"store {self._url} cannot be opened"):
+            self._client = boto3.client(
+                "s3",
+                endpoint_url=endpoint,
+                config=Config(
+                    signature_version="s3v4",  # signed addresses of other versions cannot be limited in time everywhere
+                    retries={"mode": "standard", "total_max_attempts": S3_ATTEMPTS},
+                    connect_timeout=5,
+                    read_timeout=30,
+                    max_pool_connections=50,
+                ),
+            )
+
+    def read(self, key: str) -> Blob | None:
+        """See `Blobs`."""
+        attempt = 1
+        with _told(f"store {self._url} cannot be read"):
+            while True:
+                try:
+                    answer = self._client.get_object(**self._at(key))
+                    return Blob(answer["Body"].read(), answer["ETag"])
+                except self._client.exceptions.NoSuchKey:
+                    return None
+                except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
+                    # The SDK's own patience ends where the body begins.
+                    attempt += 1
+                    if attempt > S3_ATTEMPTS:
+                        raise
+
+    def write(
+        self,
+        key: str,
+        data: bytes,
+        *,
+        content_type: str,
+        expires_s: float,
+        is_durable: bool = False,  # noqa: ARG002  # everything is
+    ) -> None:
+        """See `Blobs`."""
+        with _told(f"store {self._url} cannot be written to"):
+            self._client.put_object(
+                **self._at(key), Body=data, ContentType=content_type, Expires=datetime.fromtimestamp(expires_s, UTC)
+            )
+
+    def write_if(self, key: str, data: bytes, *, version: str | None) -> str | None:
+        """See `Blobs`."""
+        condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
+        for _ in range(S3_ATTEMPTS):
+            with _told(f"store {self._url} cannot be written to"):
+                try:
+                    return str(self._client.put_object(**self._at(key), Body=data, **condition)["ETag"])
+                except ClientError as error:
+                    if _status(error) not in _CONDITION_ERRORS:
+                        raise
+            found = self.read(key)
+            if found is not None and found.data == data:
+                return found.version  # an earlier try of the SDK's did it, and its answer was lost
+            if (found and found.version) != version:
+                return None
+            time.sleep(CONFLICT_PAUSE_S)  # it met another conditional write: both may have been refused
+        raise StoreError(f"store {self._url} refused a write {S3_ATTEMPTS} times though nothing had changed")
+
+    def delete(self, key: str, *, version: str | None = None) -> None:
+        """See `Blobs`."""
+        condition = {} if version is None else {"IfMatch": version}
+        with _told(f"store {self._url} cannot be written to"):
+            try:
+                self._client.delete_object(**self._at(key), **condition)
+            except ClientError as error:
+                if version is None or _status(error) not in _CONDITION_ERRORS:
+                    raise
+
+    def list(self, prefix: str, *, after: str = "") -> Iterator[Entry]:
+        """See `Blobs`."""
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self._bucket, Prefix=self._prefix + prefix, StartAfter=self._prefix + after
+        )
+        with _told(f"store {self._url} cannot be listed"):
+            for page in pages:
+                for found in page.get("Contents", ()):
+                    yield Entry(found["Key"].removeprefix(self._prefix), found["LastModified"].timestamp())
+
+    def url(self, key: str, *, valid_s: float) -> str:
+        """See `Blobs`. Signed with temporary credentials it ends with them."""
+        with _told(f"store {self._url} cannot sign"):
+            return str(
+                self._client.generate_presigned_url(
+                    "get_object", Params=self._at(key), ExpiresIn=int(min(valid_s, MAX_URL_S))
+                )
+            )
+
+    def _at(self, key: str) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": self._prefix + key}
+
+
+def _status(error: ClientError) -> Any:
+    """HTTP status; "NoSuchBucket" for its 404, which says nothing of a key."""
+    is_bucket_gone = error.response["Error"]["Code"] == "NoSuchBucket"
+    return "NoSuchBucket" if is_bucket_gone else error.response["ResponseMetadata"]["HTTPStatusCode"]
