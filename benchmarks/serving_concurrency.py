@@ -1,4 +1,4 @@
-"""Many edits at once: the greedy batcher against the same stages one edit at a time.
+"""Many edits at once: batched stages against the same stages with batches of one.
 
 Both in one run, in one process, over the real stages; results are compared pixel by pixel. The last line is
 JSON: seconds until all edits are answered, and how many times faster batching is.
@@ -8,6 +8,7 @@ import asyncio
 import dataclasses
 import io
 import json
+import math
 import statistics
 import time
 
@@ -21,6 +22,7 @@ from serving.schema import EditCall
 from serving.stages import DiffusionStage, MLLMStage
 
 SIZES = ((320, 320), (400, 256), (256, 400), (480, 200))
+ROWS = 3  # of the denoiser, per image
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,11 @@ def make_calls(config: BenchmarkConfig) -> list[EditCall]:
             seed=i,
             output_format="png",
             output_quality=None,
+            n=1,
+            mask=None,
+            deterministic=False,
+            num_partials=0,
+            deadline=math.inf,
         )
         for i in range(config.num_edits)
     ]
@@ -76,8 +83,11 @@ class Run:
 
 async def serve_all(config: BenchmarkConfig, calls: list[EditCall], *, max_batch_size: int) -> Run:
     """Sends all edits at once to fresh stages."""
-    given = {"device": config.device, "max_batch_size": max_batch_size, "num_threads": config.num_threads}
-    mllm, diffusion = MLLMStage(config.bundle, **given), DiffusionStage(config.bundle, **given)
+    given = {"device": config.device, "num_threads": config.num_threads}
+    mllm = MLLMStage(config.bundle, max_batch_size=max_batch_size, **given)
+    diffusion = DiffusionStage(
+        config.bundle, max_batch_rows=ROWS * max_batch_size, max_waiting=config.num_edits, **given
+    )
     backend = InProcessBackend(mllm, diffusion)
     await backend.edit(calls[0])  # warm
     warm = await backend.stats()
@@ -90,13 +100,14 @@ async def serve_all(config: BenchmarkConfig, calls: list[EditCall], *, max_batch
     answered = await asyncio.gather(*(one(call) for call in calls))
     total_s = time.perf_counter() - started_s
     done = await backend.stats()
-    mean_batch_sizes = tuple(
-        (after.batches.num_items - before.batches.num_items) / (after.batches.num_batches - before.batches.num_batches)
-        for after, before in ((done.mllm, warm.mllm), (done.diffusion, warm.diffusion))
-    )
     mllm.close()
     diffusion.close()
     outcomes, latencies_s = zip(*answered, strict=True)
+    mean_batch_sizes = (
+        (done.mllm.work.num_items - warm.mllm.work.num_items)
+        / (done.mllm.work.num_batches - warm.mllm.work.num_batches),
+        statistics.mean(outcome.rendered.run.mean_batch_size for outcome in outcomes),
+    )
     return Run(
         outcomes=list(outcomes), latencies_s=list(latencies_s), total_s=total_s, mean_batch_sizes=mean_batch_sizes
     )
@@ -107,7 +118,7 @@ def main(config: BenchmarkConfig) -> None:
     calls = make_calls(config)
     runs = {
         "one at a time": asyncio.run(serve_all(config, calls, max_batch_size=1)),
-        "greedy batcher": asyncio.run(serve_all(config, calls, max_batch_size=config.max_batch_size)),
+        "batched": asyncio.run(serve_all(config, calls, max_batch_size=config.max_batch_size)),
     }
     print(f"{config.num_edits} edits at once, {len(SIZES)} sizes, {config.steps} steps, {config.device}")
     for name, run in runs.items():
@@ -118,7 +129,7 @@ def main(config: BenchmarkConfig) -> None:
         )
     worst = 0
     for one, batched in zip(*(run.outcomes for run in runs.values()), strict=True):
-        pixels = [np.asarray(read_image(outcome.rendered.data)).astype(int) for outcome in (one, batched)]
+        pixels = [np.asarray(read_image(outcome.rendered.images[0])).astype(int) for outcome in (one, batched)]
         worst = max(worst, int(np.abs(pixels[0] - pixels[1]).max()))
     print(f"largest difference of a pixel between the two: {worst} of 255")
     reference, ours = (run.total_s for run in runs.values())

@@ -318,7 +318,7 @@ class Engine:
                         self._begin(batch)
                         return batch
                     nearest = min((edit.deadline for edit in self._edits if edit.deadline is not None), default=None)
-                    self._changed.wait(None if nearest is None else nearest - now)
+                    self._changed.wait(None if nearest is None else min(nearest - now, threading.TIMEOUT_MAX))
             for edit in overdue:
                 late_s = now - edit.submitted_at
                 self._end(

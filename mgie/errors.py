@@ -4,7 +4,8 @@
     ├── ConfigError              a setting or argument has a value that is not allowed
     ├── PromptError              an instruction or expressive instruction cannot be used
     ├── ImageError               bytes or pixels are not an image that can be edited
-    │   └── ImageTooLargeError   ... because a byte or pixel limit is passed
+    │   ├── ImageTooLargeError   ... because a byte or pixel limit is passed
+    │   └── MaskError            a mask cannot be read, or does not fit its image
     ├── BundleError              a bundle is missing, damaged or does not fit its use
     │   └── ConversionError      a published checkpoint cannot become a bundle
     ├── DataError                a data set, ledger or cache is not what it should be
@@ -50,6 +51,10 @@ class ImageTooLargeError(ImageError):
     """An image passes the byte or pixel limit."""
 
 
+class MaskError(ImageError):
+    """A mask cannot be read, or does not fit its image."""
+
+
 class BundleError(MGIEError):
     """A bundle is missing, damaged or does not fit the use it is put to."""
 
@@ -78,7 +83,8 @@ class EngineFullError(MGIEError):
         retry_after_s: Seconds until there may be room, estimated.
     """
 
-    def __init__(self, message: str, *, retry_after_s: float) -> None:
+    # A default, because exceptions are unpickled by their message alone; the rest follows as state.
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
 

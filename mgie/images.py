@@ -30,14 +30,14 @@ from xml.sax.saxutils import quoteattr
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageCms, ImageFile
+from PIL import Image, ImageChops, ImageCms, ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 
 from mgie.config import ImageLimits, check_range
-from mgie.errors import ConfigError, ImageError, ImageTooLargeError
+from mgie.errors import ConfigError, ImageError, ImageTooLargeError, MaskError
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 
@@ -132,6 +132,30 @@ def read_image(data: bytes, *, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Im
         return _upright_rgb(image, bit_depth)
     except _DECODER_ERRORS as error:
         raise _damaged(name) from error
+
+
+def read_mask(data: bytes, *, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
+    """Decodes an untrusted PNG whose transparent pixels are to be edited, as OpenAI's clients send masks.
+
+    Returns:
+        Mode "L": 255 where alpha is 0, 0 where it is opaque.
+
+    Raises:
+        MaskError: It cannot be read or has no transparency.
+    """
+    name = detect_format(data)
+    if name != "PNG":
+        raise MaskError(f"mask is {name or 'of an unknown format'}; it must be a PNG with transparency", param="mask")
+    try:
+        image = _open(data, limits)
+        image.load()
+    except ImageError as error:
+        raise MaskError(f"mask cannot be used: {error}", param="mask") from error
+    except _DECODER_ERRORS as error:
+        raise MaskError("mask is a damaged PNG; it must be whole", param="mask") from error
+    if not image.has_transparency_data:
+        raise MaskError(f"mask is a PNG of mode {image.mode} without transparency; it must have some", param="mask")
+    return ImageChops.invert(image.convert("RGBA").getchannel("A"))
 
 
 def to_rgb(image: Image.Image, *, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:

@@ -14,21 +14,21 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from mgie.errors import ImageError
+from mgie.errors import MaskError
 from mgie.images import Framing, framed
 
 
 def check_mask(mask: Image.Image, framing: Framing) -> None:
-    """Raises ImageError: the mask is not greyscale, not of the source's size, or black wherever the model looks."""
+    """Raises MaskError: the mask is not greyscale, not of the source's size, or black wherever the model looks."""
     if mask.mode != "L":
-        raise ImageError(f"mask has mode {mask.mode}; it must be greyscale (L)", param="mask")
+        raise MaskError(f"mask has mode {mask.mode}; it must be greyscale (L)", param="mask")
     if mask.size != framing.source_wh:
         (width, height), (source_width, source_height) = mask.size, framing.source_wh
-        raise ImageError(
+        raise MaskError(
             f"mask is {width}x{height} px; it must be {source_width}x{source_height} px, as the image", param="mask"
         )
     if framed(mask, framing).getextrema()[1] == 0:
-        raise ImageError("mask marks no pixel to edit; at least one must not be black", param="mask")
+        raise MaskError("mask marks no pixel to edit; at least one must not be black", param="mask")
 
 
 def kept_latents(mask: Image.Image, framing: Framing, latent_hw: tuple[int, int]) -> Bool[Tensor, "1 h w"]:

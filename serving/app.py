@@ -10,7 +10,7 @@ stages; the guidance that the MLLM stage returns goes to the diffusion stage by 
 import asyncio
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,22 +20,26 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.serve.config import AutoscalingConfig
+from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from mgie.bundles import open_bundle
 from mgie.checkpoint import required_parts
 from mgie.config import DIFFUSION_PARTS, ImageLimits
+from mgie.errors import EngineFullError
 from serving.ingress import (
     READY_TIMEOUT_S,
+    EditEvent,
     EditOutcome,
     ServiceStats,
     StageUnavailableError,
     build_api,
-    render_arguments,
+    render_options,
     same_bundle,
+    seconds_left,
 )
 from serving.schema import EditCall
-from serving.stages import BundleInfo, DiffusionStage, MLLMStage, StageStats
+from serving.stages import BundleInfo, Derived, DiffusionStage, MLLMStage, RenderedEdit, StageStats
 
 MAX_STAGE_RETRIES = 2  # one for the replica that died, one for another that was about to
 MAX_OPEN_REQUESTS = 1000  # of one ingress replica, which only waits
@@ -56,7 +60,9 @@ class ServingArgs(BaseModel):
     bundle: str = Field("tiny", description="Folder, hub id, s3:// address, or the name of an embedded bundle")
     device: str = Field("auto", description="auto, cpu, mps, cuda or cuda:N")
     dtype: str = Field("auto", description="auto, float32, float16 or bfloat16")
-    timeout_s: float = Field(300.0, gt=0, description="Deadline of an edit; then it is given up with status 504")
+    timeout_s: float = Field(
+        300.0, gt=0, description="Deadline of an edit, unless it asks for less; then it is given up with status 504"
+    )
     max_image_bytes: int = Field(ImageLimits().max_bytes, ge=1, description="Largest photo, encoded")
     max_image_pixels: int = Field(ImageLimits().max_pixels, ge=1, description="Largest photo, width x height")
 
@@ -80,7 +86,12 @@ class ServingArgs(BaseModel):
     diffusion_resource: str | None = Field(
         None, description="Custom resource of the nodes that may run the diffusion stage"
     )
-    diffusion_max_batch_size: int = Field(8, ge=1, description="Largest diffusion batch")
+    diffusion_max_batch_rows: int = Field(24, ge=1, description="Largest batch of the denoiser; an image takes 3 rows")
+    diffusion_max_pixels_in_flight: int | None = Field(
+        None, ge=1, description="Work pixels times rows that one diffusion replica holds; none: two full batches"
+    )
+    diffusion_max_waiting: int = Field(64, ge=0, description="Edits in line for them; more get status 429")
+    diffusion_num_codec_threads: int = Field(1, ge=1, description="Threads of one diffusion replica for the VAE")
     diffusion_min_replicas: int = Field(1, ge=0, description="Fewest diffusion replicas")
     diffusion_max_replicas: int = Field(2, ge=1, description="Most diffusion replicas")
     diffusion_target_ongoing_requests: float = Field(
@@ -88,9 +99,12 @@ class ServingArgs(BaseModel):
     )
 
     max_ongoing_requests: int = Field(
-        64,
+        128,
         ge=1,
         description="Edits that one stage replica accepts; those beyond its batch wait inside, ready to be batched",
+    )
+    max_queued_requests: int = Field(
+        256, ge=1, description="Edits that one ingress replica lets wait for a stage replica; more get status 429"
     )
     upscale_delay_s: float = Field(10.0, ge=0, description="How long load must last before a replica is added")
     downscale_delay_s: float = Field(300.0, ge=0, description="How long load must be gone before a replica is removed")
@@ -126,7 +140,9 @@ class HandleBackend:
     async def edit(self, call: EditCall) -> EditOutcome:
         """See `EditBackend`."""
         image = ray.put(call.image)
-        mllm = await _call(lambda _: self._mllm.derive.remote(image, call.instruction, call.expressive))
+        mllm = await _call(
+            lambda _: self._mllm.derive.remote(image, call.instruction, call.expressive, timeout_s=seconds_left(call))
+        )
         # Awaited, though a handle accepts unfinished arguments: the words are part of the answer, a failure belongs to
         # its stage, and only finished derivations may count as load of the diffusion stage. (Ray 2.60 sees to the last
         # point by itself: it queues a call when its arguments are there.)
@@ -135,7 +151,8 @@ class HandleBackend:
                 image,
                 # By reference. After a failure by value: the node that held the object may be gone.
                 mllm.result if retry else mllm.response,
-                **render_arguments(call),
+                render_options(call),
+                timeout_s=seconds_left(call),
             )
         )
         return EditOutcome(
@@ -143,6 +160,28 @@ class HandleBackend:
             rendered=diffusion.result,
             retries={"mllm": mllm.num_retries, "diffusion": diffusion.num_retries},
         )
+
+    async def stream(self, call: EditCall) -> AsyncGenerator[EditEvent, None]:
+        """See `EditBackend`. A replica that dies under the diffusion ends the stream: half of it has been sent."""
+        image = ray.put(call.image)
+        mllm = await _call(
+            lambda _: self._mllm.derive.remote(image, call.instruction, call.expressive, timeout_s=seconds_left(call))
+        )
+        derived: Derived = mllm.result
+        yield derived
+        stage: Any = self._diffusion.options(stream=True)
+        events = stage.render_stream.remote(image, mllm.response, render_options(call), timeout_s=seconds_left(call))
+        try:
+            async for event in events:
+                yield EditOutcome(derived=derived, rendered=event) if isinstance(event, RenderedEdit) else event
+        except BackPressureError as error:
+            raise EngineFullError("too many edits wait for a replica; try again later") from error
+        except RayTaskError as error:
+            raise error.cause from None  # as in `_call`
+        except _LOST as error:
+            raise StageUnavailableError("the replica died under the edit") from error
+        finally:
+            events.cancel()
 
     async def info(self) -> BundleInfo:
         """See `EditBackend`."""
@@ -181,6 +220,7 @@ async def _call(send: Callable[[int], Any]) -> _Called:
 
     Raises:
         StageUnavailableError: Replicas died on every try.
+        EngineFullError: Too many calls wait for a replica.
         Exception: What the stage itself raised, as it raised it.
     """
     for retry in range(MAX_STAGE_RETRIES + 1):
@@ -190,6 +230,8 @@ async def _call(send: Callable[[int], Any]) -> _Called:
         except asyncio.CancelledError:
             response.cancel()  # else the stage would go on for nobody
             raise
+        except BackPressureError as error:
+            raise EngineFullError("too many edits wait for a replica; try again later") from error
         except RayTaskError as error:
             if not isinstance(error.cause, _LOST):
                 raise error.cause from None  # Ray's wrapper would hide the class that the error table looks for
@@ -241,7 +283,7 @@ def app(args: ServingArgs) -> serve.Application:
         "health_check_period_s": args.health_check_period_s,
     }
 
-    def stage(kind: type[MLLMStage | DiffusionStage], name: str) -> serve.Application:
+    def stage(kind: type[MLLMStage | DiffusionStage], name: str, **settings: Any) -> serve.Application:
         def given(setting: str) -> Any:
             return getattr(args, f"{name}_{setting}")
 
@@ -258,15 +300,16 @@ def app(args: ServingArgs) -> serve.Application:
                 "num_gpus": given("num_gpus"),
                 "resources": {given("resource"): RESOURCE_SHARE} if given("resource") else {},
             },
+            max_queued_requests=args.max_queued_requests,
             **common,
         )(kind)
         return deployment.bind(
             args.bundle,
             device=args.device,
             dtype=args.dtype,
-            max_batch_size=given("max_batch_size"),
             num_threads=given("num_threads"),
             limits=args.limits,
+            **settings,
         )
 
     ingress = serve.deployment(
@@ -275,7 +318,18 @@ def app(args: ServingArgs) -> serve.Application:
         ray_actor_options={"num_cpus": 0},
         **common | {"max_ongoing_requests": MAX_OPEN_REQUESTS},
     )(Ingress)
-    return ingress.bind(args, stage(MLLMStage, "mllm"), stage(DiffusionStage, "diffusion"))
+    return ingress.bind(
+        args,
+        stage(MLLMStage, "mllm", max_batch_size=args.mllm_max_batch_size),
+        stage(
+            DiffusionStage,
+            "diffusion",
+            max_batch_rows=args.diffusion_max_batch_rows,
+            max_pixels_in_flight=args.diffusion_max_pixels_in_flight,
+            max_waiting=args.diffusion_max_waiting,
+            num_codec_threads=args.diffusion_num_codec_threads,
+        ),
+    )
 
 
 def _autoscaling(args: ServingArgs, **stage: Any) -> AutoscalingConfig:

@@ -6,18 +6,21 @@ one made of the same stages in process.
 
 import asyncio
 import base64
+import contextlib
+import json
 import logging
+import math
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
@@ -25,7 +28,17 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mgie.config import ImageLimits
-from mgie.errors import ConfigError, ImageError, ImageTooLargeError, MGIEError, PromptError
+from mgie.errors import (
+    ConfigError,
+    DeadlineError,
+    EngineFullError,
+    ImageError,
+    ImageTooLargeError,
+    MaskError,
+    MGIEError,
+    PromptError,
+)
+from mgie.handle import Stepped
 from serving.schema import (
     FORM_OVERHEAD_BYTES,
     MAX_FIELD_BYTES,
@@ -33,17 +46,20 @@ from serving.schema import (
     MAX_IMAGES,
     BatchPlace,
     BodyTooLargeError,
+    CompletedEvent,
     EditCall,
     EditDetails,
     EditedImage,
     EditForm,
     EditResponse,
+    EnginePlace,
     ErrorResponse,
     InputTokens,
     MediaTypeError,
     Model,
     ModelDetails,
     ModelList,
+    PartialEvent,
     RequestError,
     Timings,
     UnknownModelError,
@@ -53,7 +69,19 @@ from serving.schema import (
     parse_edit_form,
     shown,
 )
-from serving.stages import DEFAULT_LIMITS, BundleInfo, Derived, DiffusionStage, MLLMStage, RenderedEdit, StageStats
+from serving.stages import (
+    DEFAULT_LIMITS,
+    BundleInfo,
+    Derived,
+    DiffusionStage,
+    MLLMStage,
+    Partial,
+    RenderedEdit,
+    RenderOptions,
+    StageStats,
+)
+
+T = TypeVar("T")
 
 logger = logging.getLogger("serving.ingress")
 
@@ -63,10 +91,6 @@ READY_TIMEOUT_S = 5.0  # a stage that does not answer a question about itself wi
 
 class StageUnavailableError(MGIEError):
     """A stage has no replica that answers, or lost them faster than the call could be retried."""
-
-
-class DeadlineError(MGIEError):
-    """An edit took longer than the service allows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +114,9 @@ class ServiceStats:
     "by deployment: number of replicas by state"
 
 
+EditEvent = Derived | Stepped | Partial | EditOutcome
+
+
 class EditBackend(Protocol):
     """Anything that can edit."""
 
@@ -99,6 +126,10 @@ class EditBackend(Protocol):
         Raises:
             MGIEError: See the table of this module.
         """
+        ...
+
+    def stream(self, call: EditCall) -> AsyncGenerator[EditEvent, None]:
+        """The same step by step: `Derived` first, `EditOutcome` last. Closing it frees what it holds."""
         ...
 
     async def info(self) -> BundleInfo:
@@ -123,9 +154,18 @@ class InProcessBackend:
 
     async def edit(self, call: EditCall) -> EditOutcome:
         """See `EditBackend`."""
-        derived = await self._mllm.derive(call.image, call.instruction, call.expressive)
-        rendered = await self._diffusion.render(call.image, derived, **render_arguments(call))
+        derived = await self._mllm.derive(call.image, call.instruction, call.expressive, timeout_s=seconds_left(call))
+        rendered = await self._diffusion.render(call.image, derived, render_options(call), timeout_s=seconds_left(call))
         return EditOutcome(derived=derived, rendered=rendered)
+
+    async def stream(self, call: EditCall) -> AsyncGenerator[EditEvent, None]:
+        """See `EditBackend`."""
+        derived = await self._mllm.derive(call.image, call.instruction, call.expressive, timeout_s=seconds_left(call))
+        yield derived
+        events = self._diffusion.render_stream(call.image, derived, render_options(call), timeout_s=seconds_left(call))
+        async with contextlib.aclosing(events):
+            async for event in events:
+                yield EditOutcome(derived=derived, rendered=event) if isinstance(event, RenderedEdit) else event
 
     async def info(self) -> BundleInfo:
         """See `EditBackend`."""
@@ -136,14 +176,23 @@ class InProcessBackend:
         return ServiceStats(mllm=await self._mllm.stats(), diffusion=await self._diffusion.stats())
 
 
-def render_arguments(call: EditCall) -> dict[str, Any]:
-    """Keyword arguments of `DiffusionStage.render`."""
-    return {
-        "overrides": call.overrides,
-        "seed": call.seed,
-        "output_format": call.output_format,
-        "output_quality": call.output_quality,
-    }
+def render_options(call: EditCall) -> RenderOptions:
+    """What the diffusion stage is asked for."""
+    return RenderOptions(
+        seed=call.seed,
+        overrides=call.overrides,
+        n=call.n,
+        mask=call.mask,
+        deterministic=call.deterministic,
+        num_partials=call.num_partials,
+        output_format=call.output_format,
+        output_quality=call.output_quality,
+    )
+
+
+def seconds_left(call: EditCall) -> float:
+    """Until its deadline. Clocks of machines differ: stages are told how long they have, not until when."""
+    return call.deadline - time.monotonic()
 
 
 def same_bundle(mllm: BundleInfo, diffusion: BundleInfo) -> BundleInfo:
@@ -174,9 +223,11 @@ ANSWERS: tuple[tuple[type[MGIEError], Answer], ...] = (
     (BodyTooLargeError, Answer(413, "body_too_large")),
     (RequestError, Answer(400, "invalid_value")),
     (ImageTooLargeError, Answer(413, "image_too_large")),
+    (MaskError, Answer(400, "invalid_mask")),
     (ImageError, Answer(415, "invalid_image")),
     (PromptError, Answer(400, "invalid_prompt")),
     (ConfigError, Answer(400, "invalid_value")),
+    (EngineFullError, Answer(429, "engine_full")),
     (StageUnavailableError, Answer(503, "stage_unavailable", {"retry-after": "1"})),
     # OpenAI's clients retry 5xx twice: without the header a slow edit would be run three times.
     (DeadlineError, Answer(504, "deadline_exceeded", {"x-should-retry": "false"})),
@@ -195,7 +246,7 @@ def error_response(
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
     """An error as OpenAI's clients expect it; all four keys are always there."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
+    kind = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
     body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
     return JSONResponse(body, status_code=status, headers=dict(headers or {}))
 
@@ -206,7 +257,10 @@ def answer_error(error: Exception, request_id: str) -> JSONResponse:
         if isinstance(error, kind):
             param = _FORM_NAMES.get(error.param or "", error.param)
             code = error.code if isinstance(error, RequestError) and answer.status == 400 else answer.code
-            return error_response(answer.status, str(error), param=param, code=code, headers=answer.headers)
+            headers = dict(answer.headers)
+            if isinstance(error, EngineFullError):
+                headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+            return error_response(answer.status, str(error), param=param, code=code, headers=headers)
     if isinstance(error, HTTPException):
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
         return error_response(error.status_code, str(error.detail), code=code, headers=error.headers)
@@ -290,7 +344,7 @@ def build_api(
 
     Args:
         backend: What edits.
-        timeout_s: Deadline of an edit, from its first byte.
+        timeout_s: Deadline of an edit, from its first byte; a request may ask for a shorter one.
         limits: Of the image; the body may be slightly larger.
         adds_request_id: See `BoundaryMiddleware`.
     """
@@ -310,28 +364,40 @@ def build_api(
     @api.post(
         "/v1/images/edits",
         summary="Edit a photo by instruction",
-        responses={200: {"model": EditResponse}, **_documented(400, 404, 413, 415, 500, 503, 504)},
+        responses={200: {"model": EditResponse}, **_documented(400, 404, 413, 415, 429, 500, 503, 504)},
         openapi_extra={
             "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": form_schema()}}}
         },
     )
     async def edit_image(request: Request) -> Response:
         started_s = time.monotonic()
-        deadline = asyncio.timeout(timeout_s)
+        allowed_s = timeout_s
+        deadline = asyncio.timeout_at(asyncio.get_running_loop().time() + timeout_s)
         try:
             async with deadline:
                 form = await read_form(request)
+                if form.timeout_s is not None:
+                    if form.timeout_s > timeout_s:
+                        raise RequestError(
+                            f"timeout_s is {form.timeout_s:g}; it must be at most {timeout_s:g}", param="timeout_s"
+                        )
+                    allowed_s = form.timeout_s
+                    ends_s = deadline.when()
+                    assert ends_s is not None
+                    deadline.reschedule(ends_s - timeout_s + allowed_s)
                 bundle = await served.get()
                 if form.model not in {None, bundle.name}:
                     raise UnknownModelError(
                         f"model is {shown(form.model)}; this service has {bundle.name!r}", param="model"
                     )
-                call = edit_call(form)
-                outcome = await backend.edit(call)
+                call = edit_call(form, deadline=started_s + allowed_s)
+                if form.stream:
+                    return await _event_stream(request, call, backend, bundle)
+                outcome = await _unless_gone(request, backend.edit(call))
         except TimeoutError as error:
             if not deadline.expired():
                 raise  # a timeout of something else
-            raise DeadlineError(f"the edit took longer than {timeout_s:g} s and was given up") from error
+            raise DeadlineError(f"the edit took longer than {allowed_s:g} s and was given up") from error
         answer = edit_response(call, outcome, bundle, total_s=time.monotonic() - started_s)
         return JSONResponse(answer.model_dump())
 
@@ -370,6 +436,109 @@ def build_api(
     return api
 
 
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Awaits the work, and cancels it as soon as the client has gone away.
+
+    Ray Serve does that too, but a client can switch it off by a header.
+
+    Raises:
+        ClientDisconnect: The client has gone.
+        Exception: What the work raises.
+    """
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, watch = asyncio.create_task(work), asyncio.create_task(gone())
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        watch.cancel()
+        task.cancel()
+        await asyncio.wait((task, watch))
+
+
+async def _event_stream(request: Request, call: EditCall, backend: EditBackend, bundle: BundleInfo) -> Response:
+    """Server-sent events of an edit; what fails before the words are derived still gets a status of its own.
+
+    A slow reader makes only this queue longer: the edit goes on.
+    """
+    frames: asyncio.Queue[str | Exception | None] = asyncio.Queue()
+    started_s = time.monotonic()
+
+    async def produce() -> None:
+        deadline = asyncio.timeout(seconds_left(call))
+        try:
+            async with deadline, contextlib.aclosing(backend.stream(call)) as events:
+                async for event in events:
+                    for frame in sse_frames(call, event, bundle, total_s=time.monotonic() - started_s):
+                        frames.put_nowait(frame)
+        except Exception as error:  # noqa: BLE001  whatever it is, the client is told in the API's form
+            is_late = isinstance(error, TimeoutError) and deadline.expired()
+            frames.put_nowait(DeadlineError("the edit took too long and was given up") if is_late else error)
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            task.exception()  # ClientDisconnect: nobody is there to be told
+        frames.put_nowait(None)
+
+    producer = asyncio.create_task(_unless_gone(request, produce()))
+    producer.add_done_callback(ended)
+    try:
+        first = await frames.get()
+    except asyncio.CancelledError:
+        producer.cancel()
+        raise
+    if first is None:
+        raise ClientDisconnect
+    if isinstance(first, Exception):
+        raise first
+
+    async def body() -> AsyncIterator[str]:
+        frame: str | Exception | None = first
+        try:
+            while frame is not None:
+                if isinstance(frame, Exception):
+                    answer = answer_error(frame, request.state.request_id)
+                    frame = f"data: {bytes(answer.body).decode()}\n\n"
+                yield frame
+                frame = await frames.get()
+        finally:
+            producer.cancel()
+
+    return StreamingResponse(body(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+
+
+def sse_frames(call: EditCall, event: EditEvent, bundle: BundleInfo, *, total_s: float) -> list[str]:
+    """An event as it is sent: named events for pictures, comments, which clients skip, for the rest."""
+    if isinstance(event, Derived):
+        return [f": expressive {json.dumps(event.guidance.expressive)}\n\n"]
+    if isinstance(event, Stepped):
+        return [f": step {event.step}/{event.num_steps}\n\n"]
+    bodies: list[PartialEvent | CompletedEvent]
+    if isinstance(event, Partial):
+        bodies = [
+            PartialEvent(
+                b64_json=base64.b64encode(event.data).decode(),
+                partial_image_index=event.number,
+                created_at=int(time.time()),
+                size=f"{event.width}x{event.height}",
+                output_format=call.output_format,
+            )
+        ]
+    else:
+        answer = edit_response(call, event, bundle, total_s=total_s)
+        common = answer.model_dump(exclude={"created", "data"})
+        bodies = [
+            CompletedEvent(b64_json=result.b64_json, created_at=answer.created, **common) for result in answer.data
+        ]
+    return [f"event: {body.type}\ndata: {body.model_dump_json()}\n\n" for body in bodies]
+
+
 async def read_form(request: Request) -> EditForm:
     """Reads and checks the multipart form of an edit.
 
@@ -393,11 +562,13 @@ def edit_response(call: EditCall, outcome: EditOutcome, bundle: BundleInfo, *, t
     """The 200 answer of an edit."""
     derived, rendered = outcome.derived, outcome.rendered
     guidance, settings = derived.guidance, rendered.settings
-    mllm_run, diffusion_run = derived.run.run, rendered.run.run
     num_input = guidance.prompt_tokens + guidance.image_tokens
     return EditResponse(
         created=int(time.time()),
-        data=[EditedImage(b64_json=base64.b64encode(rendered.data).decode(), revised_prompt=guidance.expressive)],
+        data=[
+            EditedImage(b64_json=base64.b64encode(image).decode(), revised_prompt=guidance.expressive)
+            for image in rendered.images
+        ],
         output_format=call.output_format,
         size=f"{rendered.width}x{rendered.height}",
         quality="auto",
@@ -423,15 +594,26 @@ def edit_response(call: EditCall, outcome: EditOutcome, bundle: BundleInfo, *, t
             used_fallback=guidance.used_fallback,
             work_size="{}x{}".format(*rendered.work_wh),
             timings=Timings(
-                mllm_queue_s=mllm_run.queue_s,
-                mllm_run_s=mllm_run.run_s,
-                diffusion_queue_s=diffusion_run.queue_s,
-                diffusion_run_s=diffusion_run.run_s,
+                mllm_queue_s=derived.run.queue_s,
+                mllm_run_s=derived.run.run_s,
+                diffusion_queue_s=rendered.run.waiting_s,
+                diffusion_run_s=rendered.run.join_s
+                - rendered.run.waiting_s
+                + rendered.run.denoise_s
+                + rendered.run.decode_s,
                 total_s=total_s,
             ),
-            mllm=_place(derived.run.replica, mllm_run.batch, mllm_run.batch_size, outcome.retries.get("mllm", 0)),
-            diffusion=_place(
-                rendered.run.replica, diffusion_run.batch, diffusion_run.batch_size, outcome.retries.get("diffusion", 0)
+            mllm=BatchPlace(
+                replica=derived.replica,
+                batch=derived.run.batch,
+                size=derived.run.batch_size,
+                retries=outcome.retries.get("mllm", 0),
+            ),
+            diffusion=EnginePlace(
+                replica=rendered.replica,
+                mean_batch_size=rendered.run.mean_batch_size,
+                join_steps=rendered.run.join_steps,
+                retries=outcome.retries.get("diffusion", 0),
             ),
         ),
     )
@@ -466,13 +648,9 @@ def _documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorResponse} for status in statuses}
 
 
-def _place(replica: str, batch: int, size: int, retries: int) -> BatchPlace:
-    return BatchPlace(replica=replica, batch=batch, size=size, retries=retries)
-
-
 def _stats_body(stats: ServiceStats) -> dict[str, Any]:
     body = asdict(stats)
     for name, stage in (("mllm", stats.mllm), ("diffusion", stats.diffusion)):
         if stage is not None:
-            body[name]["batches"]["mean_batch_size"] = stage.batches.mean_batch_size
+            body[name]["work"]["mean_batch_size"] = stage.work.mean_batch_size
     return body

@@ -15,6 +15,7 @@ from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_sc
 
 from mgie.config import MAX_GUIDANCE_SCALE, MAX_INSTRUCTION_CHARS, MAX_SEED, MAX_STEPS, Sampler
 from mgie.editor import random_seed
+from mgie.engine import MAX_IMAGES as MAX_RESULTS
 from mgie.errors import MGIEError
 from mgie.images import OutputFormat
 
@@ -89,7 +90,9 @@ class EditForm(BaseModel):
     image: bytes = Field(description="The photo: PNG, JPEG or WebP, one file (`image[]` is read as `image`).")
     prompt: Text = Field(description="What to change.")
     model: str | None = Field(None, description="Name of the served bundle, as in /v1/models.")
-    n: Annotated[int, Field(ge=1, le=10), Supported((1,))] = Field(1, description="Number of results.")
+    n: Annotated[int, Field(ge=1, le=MAX_RESULTS)] = Field(
+        1, description="Number of results; result i has the seed + i."
+    )
     size: Annotated[str, Field(pattern=r"^(auto|\d{1,5}x\d{1,5})$"), Supported(("auto",))] = Field(
         "auto", description="`auto`: the size and framing of the photo."
     )
@@ -105,8 +108,13 @@ class EditForm(BaseModel):
     input_fidelity: Annotated[Literal["low", "high"], Supported(("low",))] = Field(
         "low", description="Use `image_guidance_scale` to stay closer to the photo."
     )
-    stream: Annotated[bool, Supported((False,))] = Field(default=False)
-    partial_images: Annotated[int, Field(ge=0, le=3), Supported((0,))] = Field(0)
+    mask: bytes | None = Field(
+        None, description="A PNG of the photo's size: transparent where it may be edited, opaque where not."
+    )
+    stream: bool = Field(default=False, description="Answer with server-sent events.")
+    partial_images: Annotated[int, Field(ge=0, le=3)] = Field(
+        0, description="With `stream`: pictures of the first result on its way."
+    )
     user: Annotated[str, Field(max_length=512)] | None = Field(None, description="Accepted, and not stored.")
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(
         None, description="Same seed, same result. Without one a random seed is chosen and reported."
@@ -118,10 +126,15 @@ class EditForm(BaseModel):
     expressive: Text | None = Field(None, description="The expressive instruction, given instead of derived.")
     square_crop: bool | None = Field(None, description="Edit the centre square, as the published pipeline does.")
     detail_transfer: bool | None = Field(None, description="Make the change to the photo's own pixels: stays sharp.")
+    deterministic: bool = Field(
+        default=False, description="The same seed gives the same bits on one machine, whatever runs beside it."
+    )
+    timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="Seconds until the edit is given up, at most the service's own limit."
+    )
 
 
-# Known to OpenAI's clients, not built yet, and never ignored in silence.
-_NOT_BUILT: Mapping[str, str] = {"mask": "masks are not supported yet; the whole photo is edited"}
+_FILES = ("image", "mask")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,9 +148,16 @@ class EditCall:
     overrides: Mapping[str, Any]
     "sampling settings that differ from the bundle's defaults, by field name of EditSettings"
     seed: int
+    "of the first result; result i has seed + i"
+    n: int
+    mask: bytes | None
+    deterministic: bool
+    num_partials: int
     output_format: OutputFormat
     output_quality: int | None
     "0 to 100 for jpeg and webp; None for the default"
+    deadline: float
+    "when to give up, by time.monotonic() of this process"
 
 
 def parse_edit_form(fields: Iterable[tuple[str, str | bytes]]) -> EditForm:
@@ -152,16 +172,14 @@ def parse_edit_form(fields: Iterable[tuple[str, str | bytes]]) -> EditForm:
     values: dict[str, str | bytes] = {}
     for sent_name, value in fields:
         name = "image" if sent_name == "image[]" else sent_name
-        if name in _NOT_BUILT:
-            raise RequestError(_NOT_BUILT[name], param=name, code="unsupported_parameter")
         if name not in EditForm.model_fields:
             allowed = ", ".join(EditForm.model_fields)
             message = f"unknown parameter {shown(name)}; known are {allowed}"
             raise RequestError(message, param=name[:MAX_SHOWN_CHARS], code="unknown_parameter")
         if name in values:
             raise RequestError(f"{name} is given more than once; send one", param=name, code="too_many_values")
-        if isinstance(value, bytes) != (name == "image"):
-            kind = "a file" if name == "image" else "text, not a file"
+        if isinstance(value, bytes) != (name in _FILES):
+            kind = "a file" if name in _FILES else "text, not a file"
             raise RequestError(f"{name} must be {kind}", param=name)
         values[name] = value
     try:
@@ -174,10 +192,15 @@ def parse_edit_form(fields: Iterable[tuple[str, str | bytes]]) -> EditForm:
             "use jpeg or webp, or leave it out",
             param="output_compression",
         )
+    if form.partial_images and not form.stream:
+        raise RequestError(
+            f"partial_images is {form.partial_images}, but stream is false; it must be 0 without stream",
+            param="partial_images",
+        )
     return form
 
 
-def edit_call(form: EditForm) -> EditCall:
+def edit_call(form: EditForm, *, deadline: float) -> EditCall:
     """What the stages get of a form; draws the seed if none is given."""
     names = ("sampler", "steps", "guidance_scale", "image_guidance_scale", "square_crop", "detail_transfer")
     given = {name: getattr(form, name) for name in names}
@@ -187,8 +210,13 @@ def edit_call(form: EditForm) -> EditCall:
         expressive=form.expressive,
         overrides={name: value for name, value in given.items() if value is not None},
         seed=random_seed() if form.seed is None else form.seed,
+        n=form.n,
+        mask=form.mask,
+        deterministic=form.deterministic,
+        num_partials=form.partial_images,
         output_format=form.output_format,
         output_quality=form.output_compression,
+        deadline=deadline,
     )
 
 
@@ -256,7 +284,7 @@ class Usage(BaseModel):
 
 
 class Timings(BaseModel):
-    """Seconds; `queue` is the wait for the stage's worker, `run` from the batch's start to this result."""
+    """Seconds; `queue` is the wait for a place in the batch or in the engine, `run` from there to the result."""
 
     mllm_queue_s: float
     mllm_run_s: float
@@ -266,11 +294,20 @@ class Timings(BaseModel):
 
 
 class BatchPlace(BaseModel):
-    """The batch that an edit ran in."""
+    """The MLLM batch that an edit ran in."""
 
     replica: str = Field(description="Random name of the replica.")
     batch: int = Field(description="Number of the batch in that replica.")
     size: int = Field(description="Edits in the batch.")
+    retries: int = Field(description="Times that the stage call was repeated because a replica died.")
+
+
+class EnginePlace(BaseModel):
+    """How an edit went through the diffusion engine."""
+
+    replica: str = Field(description="Random name of the replica.")
+    mean_batch_size: float = Field(description="Images per denoising step, over the steps of this edit.")
+    join_steps: int = Field(description="Steps of others between being ready and the first own step.")
     retries: int = Field(description="Times that the stage call was repeated because a replica died.")
 
 
@@ -292,7 +329,7 @@ class EditDetails(BaseModel):
     work_size: str = Field(description="WxH that the diffusion model worked at.")
     timings: Timings
     mllm: BatchPlace
-    diffusion: BatchPlace
+    diffusion: EnginePlace
 
 
 class EditResponse(BaseModel):
@@ -304,6 +341,33 @@ class EditResponse(BaseModel):
     size: str
     quality: str
     background: str
+    usage: Usage
+    mgie: EditDetails
+
+
+class PartialEvent(BaseModel):
+    """`image_edit.partial_image` of a stream."""
+
+    type: Literal["image_edit.partial_image"] = "image_edit.partial_image"
+    b64_json: str
+    partial_image_index: int
+    created_at: int
+    size: str
+    quality: str = "auto"
+    background: str = "opaque"
+    output_format: OutputFormat
+
+
+class CompletedEvent(BaseModel):
+    """`image_edit.completed` of a stream: one per result, in the order of their seeds."""
+
+    type: Literal["image_edit.completed"] = "image_edit.completed"
+    b64_json: str
+    created_at: int
+    size: str
+    quality: str
+    background: str
+    output_format: OutputFormat
     usage: Usage
     mgie: EditDetails
 

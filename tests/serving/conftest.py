@@ -57,6 +57,19 @@ def photo() -> Callable[..., bytes]:
 
 
 @pytest.fixture(scope="session")
+def mask() -> Callable[..., bytes]:
+    """A PNG that is transparent in a box (left, top, right, bottom) and opaque around it."""
+
+    def make(box: tuple[int, int, int, int], *, size: tuple[int, int] = (96, 64)) -> bytes:
+        image, out = Image.new("RGBA", size, (9, 9, 9, 255)), io.BytesIO()
+        image.paste((200, 0, 0, 0), box)
+        image.save(out, "PNG")
+        return out.getvalue()
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def renamed_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded bundle under another name: same weights, another identity."""
     copy = tmp_path_factory.mktemp("bundles") / "renamed"

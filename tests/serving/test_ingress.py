@@ -4,11 +4,14 @@ import asyncio
 import base64
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import numpy as np
 import openai
 import pytest
@@ -16,7 +19,17 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from mgie.config import ImageLimits
-from mgie.errors import BundleError, ConfigError, ImageError, ImageTooLargeError, MGIEError, PromptError
+from mgie.errors import (
+    BundleError,
+    ConfigError,
+    DeadlineError,
+    EngineFullError,
+    ImageError,
+    ImageTooLargeError,
+    MaskError,
+    MGIEError,
+    PromptError,
+)
 from mgie.images import read_image, read_metadata
 from serving.ingress import ANSWERS, PAGE, InProcessBackend, answer_error, build_api
 from serving.schema import EditForm, RequestError, edit_call
@@ -63,7 +76,7 @@ def test_an_edit_answers_with_the_whole_contract(client: TestClient, photo: Phot
     assert (details["seed"], details["steps"], details["guidance_scale"]) == (7, 2, 4.0)
     assert details["image_guidance_scale"] == 1.5  # the bundle's default is told
     assert details["trained"] is False
-    assert details["mllm"]["size"] == details["diffusion"]["size"] == 1
+    assert details["mllm"]["size"] == details["diffusion"]["mean_batch_size"] == 1
     assert details["timings"]["total_s"] >= details["timings"]["mllm_run_s"] + details["timings"]["diffusion_run_s"]
     metadata = read_metadata(data)
     assert (metadata["seed"], metadata["bundle"]) == ("7", details["bundle"])
@@ -129,7 +142,7 @@ def test_control_tokens_in_a_prompt_are_edited_as_plain_text(client: TestClient,
     assert details[1]["text_tokens"] > details[0]["text_tokens"]  # pieces, not one control token
 
 
-def test_the_official_client_works_unchanged(client: TestClient, photo: Photo) -> None:
+def test_the_official_client_works_unchanged(client: TestClient, photo: Photo, mask: Photo) -> None:
     api = openai.OpenAI(base_url="http://testserver/v1", api_key="unused", http_client=client, max_retries=0)
     for image in (io.BytesIO(photo()), [io.BytesIO(photo())]):  # one file, and a list of one: `image[]`
         answer = api.images.edit(image=image, prompt="make it night", extra_body={"seed": 3, "steps": 1})
@@ -141,9 +154,19 @@ def test_the_official_client_works_unchanged(client: TestClient, photo: Photo) -
     with pytest.raises(openai.BadRequestError) as caught:
         api.images.edit(image=[io.BytesIO(photo()), io.BytesIO(photo())], prompt="p")
     assert caught.value.param == "image"
-    with pytest.raises(openai.BadRequestError, match="only 1 is supported") as caught:
-        api.images.edit(image=io.BytesIO(photo()), prompt="p", n=2)
-    assert (caught.value.param, caught.value.code) == ("n", "unsupported_value")
+    several = api.images.edit(
+        image=io.BytesIO(photo()), mask=io.BytesIO(mask((0, 0, 50, 64))), prompt="p", n=3, extra_body={"steps": 1}
+    )
+    assert several.data is not None
+    results = [np.asarray(read_image(base64.b64decode(result.b64_json or ""))) for result in several.data]
+    assert len(results) == 3
+    source = np.asarray(read_image(photo()))
+    assert all((result[:, 50:] == source[:, 50:]).all() for result in results)
+    assert (results[0] != results[1]).any()
+    for bad, param in (({"n": 11}, "n"), ({"mask": io.BytesIO(mask((0, 0, 5, 5), size=(90, 64)))}, "mask")):
+        with pytest.raises(openai.BadRequestError) as caught:
+            api.images.edit(image=io.BytesIO(photo()), prompt="p", **bad)
+        assert caught.value.param == param
     assert [model.id for model in api.models.list()] == ["mgie-tiny"]
 
 
@@ -254,6 +277,107 @@ def test_an_edit_past_its_deadline_is_given_up_and_not_to_be_retried(
     assert "0.1 s" in error_of(response)["message"]
 
 
+def test_a_request_may_ask_for_a_shorter_deadline_only(client: TestClient, photo: Photo) -> None:
+    response = send(client, photo(), prompt="p", steps=1000, timeout_s=0.4)
+    assert (response.status_code, error_of(response)["code"]) == (504, "deadline_exceeded")
+    response = send(client, photo(), prompt="p", timeout_s=61)
+    assert (response.status_code, error_of(response)["param"]) == (400, "timeout_s")
+    assert "at most 60" in error_of(response)["message"]
+
+
+def test_the_official_client_reads_a_stream_and_its_result_is_that_of_a_plain_edit(
+    client: TestClient, photo: Photo
+) -> None:
+    api = openai.OpenAI(base_url="http://testserver/v1", api_key="unused", http_client=client, max_retries=0)
+    extra = {"seed": 3, "steps": 8}
+    events = list(
+        api.images.edit(image=io.BytesIO(photo()), prompt="p", n=2, stream=True, partial_images=2, extra_body=extra)
+    )
+    kinds = [event.type for event in events]
+    num_partials = kinds.count("image_edit.partial_image")  # a late one is left out
+    assert 1 <= num_partials <= 2
+    assert kinds == ["image_edit.partial_image"] * num_partials + ["image_edit.completed"] * 2
+    assert all(read_image(base64.b64decode(event.b64_json)).size == (96, 64) for event in events[-2:])
+    assert events[-1].model_dump()["mgie"]["seed"] == 3
+    plain = api.images.edit(image=io.BytesIO(photo()), prompt="p", n=2, extra_body=extra)
+    assert plain.data is not None
+    assert [result.b64_json for result in plain.data] == [event.b64_json for event in events[-2:]]
+
+
+def test_a_stream_tells_words_and_steps_in_comments_and_errors_in_the_form_of_the_api(
+    client: TestClient, photo: Photo, mask: Photo
+) -> None:
+    response = send(client, photo(), prompt="p", expressive="a red house", steps=3, stream="true")
+    assert response.headers["content-type"].startswith("text/event-stream")
+    comments = [line for line in response.text.splitlines() if line.startswith(":")]
+    assert comments[0] == ': expressive "a red house"'
+    assert comments[-1] == ": step 3/3"
+    late = send(client, photo(), prompt="p", expressive="x", steps=1000, timeout_s=4, stream="true")
+    assert json.loads(late.text.splitlines()[-2].removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
+    unfit = client.post(
+        URL, files={"image": photo(), "mask": mask((0, 0, 9, 9), size=(9, 9))}, data={"prompt": "p", "stream": "true"}
+    )
+    assert json.loads(unfit.text.splitlines()[-2].removeprefix("data: "))["error"]["param"] == "mask"
+    assert send(client, photo()[:200], prompt="p", stream="true").status_code == 415  # nothing had been sent
+
+
+def test_a_full_engine_is_a_429_that_says_when_to_come_back(mllm: MLLMStage, tiny_bundle: Path, photo: Photo) -> None:
+    full = DiffusionStage(str(tiny_bundle), device="cpu", max_pixels_in_flight=60_000, max_waiting=0)
+    client = TestClient(build_api(InProcessBackend(mllm, full), timeout_s=60))
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(lambda _: send(client, photo(), prompt="p", steps=20), range(3)))
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert {answer.status_code for answer in answers} == {200, 429}
+    assert error_of(refused[0])["code"] == "engine_full"
+    assert int(refused[0].headers["retry-after"]) >= 1
+    full.close()
+
+
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_an_edit_whose_client_goes_away_leaves_the_engine(
+    mllm: MLLMStage, tiny_bundle: Path, photo: Photo, stream: str
+) -> None:
+    stage = DiffusionStage(str(tiny_bundle), device="cpu")
+    api = build_api(InProcessBackend(mllm, stage), timeout_s=60)
+    request = httpx2.Request(
+        "POST",
+        f"http://testserver{URL}",
+        data={"prompt": "p", "steps": "1000", "stream": stream},
+        files={"image": photo()},
+    )
+    scope = {
+        "type": "http", "method": "POST", "path": URL, "query_string": b"", "http_version": "1.1",
+        "headers": [(name.lower(), value) for name, value in request.headers.raw],
+    }  # fmt: skip
+    sent: list[Any] = []
+
+    async def main() -> None:
+        messages = [{"type": "http.request", "body": request.read(), "more_body": False}]
+
+        async def receive() -> Any:
+            if messages:
+                return messages.pop()
+            while not stage._worker.stats().num_steps:  # noqa: ASYNC110  the engine's threads set no event
+                await asyncio.sleep(0.002)
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        async with asyncio.timeout(20):
+            await api(scope, receive, send)
+            await asyncio.sleep(0.2)
+
+    asyncio.run(main())
+    stats = stage._worker.stats()
+    assert (stats.num_cancelled, stats.num_in_flight) == (1, 0)
+    assert stats.max_steps_after_end <= 1
+    assert stats.num_steps < 1000
+    assert (sent == []) == (stream == "false")
+    assert not any(b"image_edit.completed" in message.get("body", b"") for message in sent)
+    stage.close()
+
+
 def test_a_fault_of_ours_is_a_500_without_internals(
     tiny_bundle: Path, diffusion: DiffusionStage, photo: Photo, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -285,6 +409,9 @@ def test_stages_of_different_bundles_are_not_ready(mllm: MLLMStage, renamed_bund
         (ImageError("m", param="image"), 415, "image"),
         (ImageTooLargeError("m", param="image"), 413, "image"),
         (PromptError("m", param="instruction"), 400, "prompt"),
+        (MaskError("m", param="mask"), 400, "mask"),
+        (EngineFullError("m", retry_after_s=3), 429, None),
+        (DeadlineError("m"), 504, None),
         (ConfigError("m", param="steps"), 400, "steps"),
         (RequestError("m", param="n"), 400, "n"),
         (BundleError("secret path"), 500, None),
@@ -310,8 +437,8 @@ def test_models_health_and_statistics(client: TestClient) -> None:
     (model,) = client.get("/v1/models").json()["data"]
     assert (model["id"], model["object"], model["mgie"]["trained"]) == ("mgie-tiny", "model", False)
     stats = client.get("/stats").json()
-    assert stats["mllm"]["batches"]["num_items"] >= stats["mllm"]["batches"]["num_batches"]
-    assert stats["diffusion"]["batches"]["mean_batch_size"] >= 0
+    assert stats["mllm"]["work"]["num_items"] >= stats["mllm"]["work"]["num_batches"]
+    assert stats["diffusion"]["work"]["mean_batch_size"] >= 0
 
 
 def test_the_openapi_document_describes_form_answer_and_errors(client: TestClient) -> None:
@@ -345,8 +472,8 @@ def test_concurrent_edits_share_batches_and_say_so(mllm: MLLMStage, diffusion: D
     backend = InProcessBackend(mllm, diffusion)
     forms = [EditForm(image=photo(seed=i), prompt=f"edit {i}", steps=2, seed=i) for i in range(6)]
 
-    async def main() -> list[int]:
-        outcomes = await asyncio.gather(*(backend.edit(edit_call(form)) for form in forms))
-        return [outcome.rendered.run.run.batch_size for outcome in outcomes]
+    async def main() -> list[float]:
+        outcomes = await asyncio.gather(*(backend.edit(edit_call(form, deadline=math.inf)) for form in forms))
+        return [outcome.rendered.run.mean_batch_size for outcome in outcomes]
 
     assert max(asyncio.run(main())) > 1

@@ -21,12 +21,16 @@ def test_strings_become_values() -> None:
         ("sampler", "ddim"),
         ("square_crop", "true"),
         ("detail_transfer", "false"),
+        ("n", "3"),
+        ("mask", b"png"),
+        ("deterministic", "true"),
         ("stream", "false"),
         ("output_format", "jpeg"),
         ("output_compression", "0"),
     )
-    call = edit_call(form)
+    call = edit_call(form, deadline=5.0)
     assert call.seed == 18446744073
+    assert (call.n, call.mask, call.deterministic, call.deadline) == (3, b"png", True, 5.0)
     assert dict(call.overrides) == {
         "sampler": "ddim", "steps": 7, "guidance_scale": 3.0, "image_guidance_scale": 1.25, "square_crop": True,
         "detail_transfer": False,
@@ -35,7 +39,7 @@ def test_strings_become_values() -> None:
 
 
 def test_what_is_not_given_is_left_to_the_bundle_and_the_seed_is_drawn() -> None:
-    calls = [edit_call(parse()) for _ in range(8)]
+    calls = [edit_call(parse(), deadline=0) for _ in range(8)]
     assert dict(calls[0].overrides) == {}
     assert calls[0].expressive is None
     assert len({call.seed for call in calls}) == 8
@@ -50,10 +54,13 @@ def test_image_in_brackets_is_the_same_field() -> None:
 @pytest.mark.parametrize(
     ("fields", "param", "code", "words"),
     [
+        ([("mask", "text")], "mask", "invalid_value", "mask must be a file"),
+        ([("timeout_s", "0")], "timeout_s", "invalid_value", "greater than 0"),
+        ([("timeout_s", "nan")], "timeout_s", "invalid_value", "finite"),
+        ([("deterministic", "2")], "deterministic", "invalid_value", "boolean"),
         ([("n", "0")], "n", "invalid_value", "n is '0'; it must be a whole number, 1 to 10"),
         ([("n", "11")], "n", "invalid_value", "1 to 10"),
         ([("n", "two")], "n", "invalid_value", "1 to 10"),
-        ([("n", "2")], "n", "unsupported_value", "n is '2'; only 1 is supported yet"),
         ([("size", "big")], "size", "invalid_value", "auto or WxH"),
         ([("size", "1024x1024")], "size", "unsupported_value", "only auto is supported yet"),
         ([("quality", "high")], "quality", "unsupported_value", "only auto"),
@@ -64,10 +71,9 @@ def test_image_in_brackets_is_the_same_field() -> None:
         ([("output_compression", "101")], "output_compression", "invalid_value", "0 to 100"),
         ([("background", "transparent")], "background", "unsupported_value", "auto or opaque"),
         ([("input_fidelity", "high")], "input_fidelity", "unsupported_value", "only low"),
-        ([("stream", "true")], "stream", "unsupported_value", "only false"),
         ([("stream", "perhaps")], "stream", "invalid_value", "boolean"),
-        ([("partial_images", "2")], "partial_images", "unsupported_value", "only 0"),
-        ([("mask", b"...")], "mask", "unsupported_parameter", "masks are not supported yet"),
+        ([("partial_images", "2")], "partial_images", "invalid_value", "must be 0 without stream"),
+        ([("partial_images", "4"), ("stream", "true")], "partial_images", "invalid_value", "0 to 3"),
         ([("seed", "-1")], "seed", "invalid_value", "0 to 9223372036854775807"),
         ([("seed", "9223372036854775808")], "seed", "invalid_value", "0 to 9223372036854775807"),
         ([("seed", "1" * 5000)], "seed", "invalid_value", "(5000 characters)"),
@@ -143,7 +149,7 @@ def test_the_openapi_schema_of_the_form_tells_what_the_parser_does() -> None:
             parse((name, str(value).lower()))
         for bound, beyond in (("minimum", -1), ("maximum", 1)):
             if bound in field:
-                if name not in {"n", "partial_images", "output_compression"}:  # narrowed by enum; needs a jpeg
+                if name not in {"partial_images", "output_compression"}:  # narrowed by enum; needs a jpeg
                     parse((name, str(field[bound])))
                 with pytest.raises(RequestError):
                     parse((name, str(field[bound] + beyond)))

@@ -23,8 +23,7 @@ import openai
 import pytest
 from ray import serve
 
-from mgie.bundles import open_bundle
-from mgie.images import plan_framing, read_image
+from mgie.images import read_image
 from serving.app import ServingArgs, app
 from serving.demo import free_port, local_service
 
@@ -112,20 +111,17 @@ def test_64_concurrent_edits_of_mixed_sizes_equal_those_sent_alone(
     alone = [send(call) for call in calls]
     alone_s = time.monotonic() - started
 
-    config = open_bundle("tiny").config
-    sizes_by_batch: dict[tuple[str, int], set[tuple[int, int]]] = {}
-    mean_sizes = {}
-    for stage in ("mllm", "diffusion"):
-        batches = {(e.details[stage]["replica"], e.details[stage]["batch"]): e.details[stage]["size"] for e in together}
-        assert sum(batches.values()) == len(calls)  # every batch is known whole: nobody else was served
-        mean_sizes[stage] = len(calls) / len(batches)
-        record_property(f"mean_batch_size_{stage}", mean_sizes[stage])
-        assert all(e.details[stage]["size"] == 1 for e in alone)
+    places = [e.details["mllm"] for e in together]
+    batches = {(place["replica"], place["batch"]): place["size"] for place in places}
+    assert sum(batches.values()) == len(calls)  # every batch is known whole: nobody else was served
+    mean_sizes = {
+        "mllm": len(calls) / len(batches),
+        "diffusion": np.mean([e.details["diffusion"]["mean_batch_size"] for e in together]),
+    }
+    record_property("mean_batch_sizes", str(mean_sizes))
+    assert all(e.details["mllm"]["size"] == e.details["diffusion"]["mean_batch_size"] == 1 for e in alone)
     worst = 0
-    for (image, _, _), one, other in zip(calls, together, alone, strict=True):
-        framing = plan_framing(read_image(image).size, work_area_px=config.work_area_px, multiple_px=config.multiple_px)
-        place = one.details["diffusion"]
-        sizes_by_batch.setdefault((place["replica"], place["batch"]), set()).add(framing.work_wh)
+    for one, other in zip(together, alone, strict=True):
         assert one.expressive == other.expressive
         worst = max(worst, int(np.abs(one.pixels - other.pixels).max()))
     record_property("worst_difference", worst)
@@ -133,8 +129,6 @@ def test_64_concurrent_edits_of_mixed_sizes_equal_those_sent_alone(
     record_property("seconds_alone", alone_s)
     assert worst <= 2
     assert min(mean_sizes.values()) > 2
-    assert len(set.union(*sizes_by_batch.values())) == len(SHAPES)
-    assert all(len(sizes) == 1 for sizes in sizes_by_batch.values())
 
 
 def test_bad_input_gets_an_error_that_names_it_and_harms_nothing(
@@ -151,7 +145,8 @@ def test_bad_input_gets_an_error_that_names_it_and_harms_nothing(
         (good, {"prompt": "p" * 20_000}, 400, "prompt"),
         (good, {"prompt": " "}, 400, "prompt"),
         (good, {"n": "0"}, 400, "n"),
-        (good, {"n": "2"}, 400, "n"),
+        (good, {"n": "11"}, 400, "n"),
+        (good, {"timeout_s": "301"}, 400, "timeout_s"),
         (good, {"size": "1x1x1"}, 400, "size"),
         (good, {"seed": "-3"}, 400, "seed"),
         (good, {"steps": "100000"}, 400, "steps"),
@@ -172,19 +167,42 @@ def test_bad_input_gets_an_error_that_names_it_and_harms_nothing(
     assert before == after  # no replica was replaced
 
 
-def test_an_edit_whose_client_went_away_is_dropped_before_its_batch(address: str, photo: Photo) -> None:
-    before = stats(address)["diffusion"]["batches"]
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(edit, address, photo(), "p", seed=1, steps=150)
-        wait_until_running(address, "diffusion")
-        client = openai.OpenAI(base_url=f"{address}/v1", api_key="unused", max_retries=0, timeout=1.5)
-        with pytest.raises(openai.APITimeoutError):  # closes its connection
-            client.images.edit(image=("photo", photo(64, 160)), prompt="p", extra_body={"steps": 150})
-        assert running.result().details["steps"] == 150
-    after = stats(address)["diffusion"]["batches"]
-    assert after["num_dropped"] == before["num_dropped"] + 1
-    assert after["num_items"] == before["num_items"] + 1
-    assert after["num_waiting"] == after["num_running"] == 0
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize(
+    "headers", [{}, {"x-request-disconnect-disabled": "?1", "x-request-timeout-seconds": "0"}], ids=["plain", "hostile"]
+)
+def test_an_edit_whose_client_went_away_leaves_the_engine_within_a_step(
+    address: str, photo: Photo, headers: dict[str, str], is_stream: bool
+) -> None:
+    before = stats(address)["diffusion"]["work"]
+    sent = {"prompt": "p", "expressive": "x", "steps": "1000", "n": "4", "stream": str(is_stream).lower()}
+    with httpx2.Client(timeout=60 if is_stream else 6, headers=headers) as client:
+        request = client.build_request("POST", f"{address}/v1/images/edits", data=sent, files={"image": photo()})
+        if is_stream:
+            response = client.send(request, stream=True)
+            assert any(line.startswith(": step") for line in response.iter_lines())
+            response.close()
+        else:
+            with pytest.raises(httpx2.ReadTimeout):  # closes the connection
+                client.send(request)
+    deadline = time.monotonic() + 10
+    while (after := stats(address)["diffusion"]["work"])["num_in_flight"] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert after["num_cancelled"] == before["num_cancelled"] + 1
+    assert before["num_steps"] < after["num_steps"] < before["num_steps"] + 1000
+    assert after["max_steps_after_end"] <= 1
+    assert (after["num_in_flight"], after["num_denoising"], after["num_waiting"]) == (0, 0, 0)
+    assert edit(address, photo(), "p", steps=1).details["diffusion"]["mean_batch_size"] == 1
+
+
+def test_a_stream_ends_with_the_results_of_a_plain_edit(address: str, photo: Photo) -> None:
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="unused", max_retries=0, timeout=120)
+    stream = client.images.edit(
+        image=("photo", photo()), prompt="p", stream=True, partial_images=1, extra_body={"seed": 5, "steps": 20}
+    )
+    events = list(stream)
+    assert [event.type for event in events] == ["image_edit.partial_image", "image_edit.completed"]
+    assert base64.b64decode(events[-1].b64_json) == edit(address, photo(), "p", seed=5, steps=20).data
 
 
 def test_a_replica_killed_under_an_edit_is_replaced_and_the_edit_answered(
@@ -211,13 +229,13 @@ def test_a_replica_killed_under_an_edit_is_replaced_and_the_edit_answered(
 
 
 def wait_until_running(address: str, stage: str) -> int:
-    """Process id of the stage's replica as soon as it runs a batch."""
+    """Process id of the stage's replica as soon as its model runs."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         figures = stats(address)[stage]
-        if figures["batches"]["num_running"]:
+        if figures["work"]["num_running" if stage == "mllm" else "num_denoising"]:
             return int(figures["pid"])
-    raise AssertionError(f"{stage} never ran a batch")
+    raise AssertionError(f"{stage} never ran")
 
 
 def is_gone(pid: int) -> bool:
@@ -285,27 +303,26 @@ def test_long_instructions_scale_the_mllm_stage_alone(
     assert {count["DiffusionStage"] for _, count in timeline} == {1}
 
 
-def test_an_edit_past_its_deadline_leaves_the_queue_of_its_stage(address: str, photo: Photo) -> None:
+def test_an_edit_past_its_deadline_leaves_the_engine(address: str, photo: Photo) -> None:
     serve.delete("mgie")
     serve.run(app(ONE_REPLICA.model_copy(update={"timeout_s": 2.0})), name="mgie")
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="unused", timeout=60)  # with its usual two retries
 
     def send(image: bytes) -> openai.APIStatusError:
         with pytest.raises(openai.APIStatusError) as caught:
-            client.images.edit(image=("photo", image), prompt="p", extra_body={"steps": 300})
+            client.images.edit(image=("photo", image), prompt="p", extra_body={"steps": 1000})
         return caught.value
 
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(send, photo(96, 96))  # a batch that runs cannot be stopped
+        running = pool.submit(send, photo(96, 96))
         wait_until_running(address, "diffusion")
         waiting = send(photo(64, 160))
         answers = [running.result(), waiting]
     assert [(answer.status_code, answer.code) for answer in answers] == [(504, "deadline_exceeded")] * 2
-    deadline = time.monotonic() + 60
-    while (batches := stats(address)["diffusion"]["batches"])["num_running"] and time.monotonic() < deadline:
-        time.sleep(0.2)
-    # One batch, although the client would have retried both twice; the one that waited never ran.
-    assert (batches["num_items"], batches["num_dropped"], batches["num_waiting"]) == (1, 1, 0)
+    work = stats(address)["diffusion"]["work"]
+    # Two edits, although the client would have retried both twice.
+    assert work["num_cancelled"] + work["num_overdue"] == 2
+    assert (work["num_done"], work["num_in_flight"], work["num_waiting"]) == (0, 0, 0)
 
 
 def scale_up_and_down(
