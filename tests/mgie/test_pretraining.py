@@ -68,7 +68,7 @@ def test_a_stopped_stage_ends_with_the_weights_of_an_undisturbed_one(
     def model() -> nn.Module:
         torch.manual_seed(0)
         made = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
-        made.unused = nn.Linear(2, 2)  # no loss depends on it
+        made.register_parameter("unused", nn.Parameter(torch.ones(2)))  # no loss depends on it
         return made
 
     def run(trained: nn.Module, state: Path, stop_at: int = -1) -> dict[str, Tensor]:
