@@ -33,7 +33,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 from mgie.checkpoint import BundleWriter
 from mgie.config import BundleConfig, Provenance
 from mgie.convert import Sources, convert
-from mgie.tiny.recipe import build_tokenizer
+from mgie.tiny.untrained import build_tokenizer
 from mgie.tokens import Tokenizer
 
 HIDDEN, INTERMEDIATE, HEADS = 4096, 11008, 32  # LLaMA-7B

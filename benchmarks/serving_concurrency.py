@@ -15,9 +15,10 @@ import time
 import numpy as np
 import tyro
 
+from mgie.bundles import open_bundle
 from mgie.images import center_square, read_image, resize
 from serving.demo import draw_landscape
-from serving.ingress import EditOutcome, InProcessBackend
+from serving.backend import EditOutcome, InProcessBackend
 from serving.schema import EditCall
 from serving.stages import DiffusionStage, MLLMStage
 
@@ -53,6 +54,7 @@ def make_calls(config: BenchmarkConfig) -> list[EditCall]:
         photos.append(out.getvalue())
     return [
         EditCall(
+            model=open_bundle(config.bundle).config.name,
             image=photos[i % len(photos)],
             instruction=f"make it {'very ' * (i % 5)}dark",
             expressive=None,
@@ -84,7 +86,7 @@ class Run:
 async def serve_all(config: BenchmarkConfig, calls: list[EditCall], *, max_batch_size: int) -> Run:
     """Sends all edits at once to fresh stages."""
     given = {"device": config.device, "num_threads": config.num_threads}
-    mllm = MLLMStage(config.bundle, max_batch_size=max_batch_size, **given)
+    mllm = MLLMStage(config.bundle, max_batch_size=max_batch_size, cache_bytes=0, **given)
     diffusion = DiffusionStage(
         config.bundle, max_batch_rows=ROWS * max_batch_size, max_waiting=config.num_edits, **given
     )

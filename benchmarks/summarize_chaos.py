@@ -83,7 +83,7 @@ def contents(out: Folder) -> dict[int, tuple[str, str, str]]:
 
 def expected_of_endpoint(rows: dict[int, dict[str, str]]) -> dict[int, tuple[str, str, str]]:
     """What plain stages make of the endpoint's answers; rejected rows as they are."""
-    summarizer = Summarizer("tiny-summarizer", PRESETS["fast"])
+    summarizer = Summarizer("random-summarizer", PRESETS["fast"])
     expected = {}
     for row_id, row in rows.items():
         if row["status"] == "ok":
@@ -120,6 +120,7 @@ def main() -> None:
         endpoint = stack.enter_context(Endpoint(args.service_s)) if args.describe == "endpoint" else None
         cluster = stack.enter_context(private_cluster(num_cpus=4))
         flags += ["--manifest", manifest.url, "--preset", "fast", "--rows-per-commit", str(args.rows_per_commit)]
+        flags += ["--summarize-model", "random-summarizer"]
         flags += ["--max-rows-in-flight", str(args.max_rows_in_flight)]
         if endpoint:
             flags += ["--backend", "openai", "--base-url", endpoint.url, "--describe-model", "counting"]

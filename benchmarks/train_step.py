@@ -479,7 +479,7 @@ def random_model(sizes: Sizes, config: TrainingConfig, device: torch.device) -> 
     Words are tokenised by the tiny bundle's tokenizer: ids above its own are rows that no word uses.
     """
     torch.manual_seed(0)
-    tokenizer = Bundle(ensure_bundle("tiny")).load_tokenizer()
+    tokenizer = Bundle(ensure_bundle("random")).load_tokenizer()
     frozen = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     with torch.device(device):
         llm = AutoModelForCausalLM.from_config(LlamaConfig(**sizes.llama), dtype=frozen)
@@ -515,7 +515,7 @@ def make_model(args: argparse.Namespace, config: TrainingConfig, device: torch.d
     if args.real:
         made = random_model(MINIATURE if args.tiny_check else REAL, config, device)
     else:
-        made = load_training_model(Bundle(ensure_bundle("tiny")), config, device=str(device))
+        made = load_training_model(Bundle(ensure_bundle("random")), config, device=str(device))
     if args.gradient_checkpointing:
         _recompute_blocks(made.model)
     return made

@@ -46,7 +46,9 @@ def _work(rank: int, leg: Leg, config: TrainingConfig, folder: Path, results: An
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=leg.workers)
     records: list[StepRecord] = []
     rows = open_rows(folder / "rows")
-    trainer = make_trainer(open_bundle("tiny"), rows, config, rank=rank, world_size=leg.workers, on_step=records.append)
+    trainer = make_trainer(
+        open_bundle("random"), rows, config, rank=rank, world_size=leg.workers, on_step=records.append
+    )
     saved = folder / "snapshot"
     if leg.first:
         snapshot = read_snapshot(saved)

@@ -6,7 +6,7 @@ Knows nothing of files, and nothing of diffusion but the shape of its condition.
 Axes: B batch, T tokens, P patches, D LLM width, N visual tokens, Q queries, C condition width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -22,7 +22,14 @@ from mgie.errors import PromptError
 from mgie.generation import Generation, Generator, gather_states, pad, select_start, select_states
 from mgie.images import ClipPixels
 from mgie.mllm import MLLM
-from mgie.prompts import check_text, clean_expressive, encode_answered, encode_question, generated_text
+from mgie.prompts import (
+    EncodedPrompt,
+    check_text,
+    clean_expressive,
+    encode_answered,
+    encode_question,
+    generated_text,
+)
 from mgie.tokens import Tokenizer
 
 
@@ -64,8 +71,28 @@ class Guidance:
 class Conditioner(Protocol):
     """Turns words (and, for an MLLM, the image) into guidance."""
 
-    def derive(self, requests: Sequence[EditRequest], config: GenerationConfig | None = None) -> list[Guidance]:
+    def derive(
+        self,
+        requests: Sequence[EditRequest],
+        config: GenerationConfig | None = None,
+        *,
+        is_wanted: Callable[[int], bool] | None = None,
+    ) -> list[Guidance]:
         """Guidance of each request, in order.
+
+        Args:
+            requests: The edits, as one batch.
+            config: How the expressive instruction is written; None = the bundle's own way.
+            is_wanted: Asked with a request's index before each of its tokens; false ends its part in the batch, and
+                what is returned for it means nothing.
+
+        Raises:
+            PromptError: A text is blank or too long.
+        """
+        ...
+
+    def num_prompt_tokens(self, request: EditRequest) -> int:
+        """Length that the request has in a batch before anything is generated; equal lengths need no padding.
 
         Raises:
             PromptError: A text is blank or too long.
@@ -97,12 +124,16 @@ class MLLMConditioner:
         self._generator = Generator(mllm, eos_id=tokenizer.eos_id, visual_ids=tokenizer.visual_ids)
 
     @torch.inference_mode()
-    def derive(self, requests: Sequence[EditRequest], config: GenerationConfig | None = None) -> list[Guidance]:
+    def derive(
+        self,
+        requests: Sequence[EditRequest],
+        config: GenerationConfig | None = None,
+        *,
+        is_wanted: Callable[[int], bool] | None = None,
+    ) -> list[Guidance]:
         """See `Conditioner`; an `expressive` text given is teacher-forced instead of generated."""
         for request in requests:
-            check_text(request.instruction, "prompt")
-            if request.expressive is not None:
-                check_text(request.expressive, "expressive")
+            _check_texts(request)
         if not requests:
             return []
         features = self._image_features(requests)
@@ -113,19 +144,45 @@ class MLLMConditioner:
         free = [i for i, request in enumerate(requests) if request.expressive is None]
         if free:
             generation = config or self._generation
-            derived |= zip(free, self._generate([requests[i] for i in free], features[free], generation), strict=True)
+            derived |= zip(
+                free,
+                self._generate(
+                    [requests[i] for i in free],
+                    features[free],
+                    generation,
+                    None if is_wanted is None else lambda row: is_wanted(free[row]),
+                ),
+                strict=True,
+            )
         return [derived[i] for i in range(len(requests))]
+
+    def num_prompt_tokens(self, request: EditRequest) -> int:
+        """See `Conditioner`."""
+        _check_texts(request)
+        if request.expressive is not None:
+            return len(self._encode_answered(request).ids)
+        return len(self._encode_question(request))
 
     def _image_features(self, requests: Sequence[EditRequest]) -> Float[Tensor, "B P D"]:
         if self._clip_pixels is None:  # P = 0
             return torch.zeros(len(requests), 0, self._mllm.llm.config.hidden_size, device=self._mllm.device)
         return self._mllm.image_features(self._clip_pixels([request.image for request in requests]))
 
+    def _encode_question(self, request: EditRequest) -> list[int]:
+        return encode_question(self._tokenizer, request.instruction, self._mllm.num_patches)
+
+    def _encode_answered(self, request: EditRequest) -> EncodedPrompt:
+        return encode_answered(self._tokenizer, request.instruction, request.expressive or "", self._mllm.num_patches)
+
     def _generate(
-        self, requests: Sequence[EditRequest], features: Float[Tensor, "B P D"], config: GenerationConfig
+        self,
+        requests: Sequence[EditRequest],
+        features: Float[Tensor, "B P D"],
+        config: GenerationConfig,
+        is_wanted: Callable[[int], bool] | None,
     ) -> list[Guidance]:
-        prompts = [encode_question(self._tokenizer, r.instruction, self._mllm.num_patches) for r in requests]
-        rows = self._generator.generate(prompts, features, config)
+        prompts = [self._encode_question(request) for request in requests]
+        rows = self._generator.generate(prompts, features, config, is_wanted=is_wanted)
         states = torch.stack([select_states(row, self._num_visual) for row in rows])
         texts = [clean_expressive(generated_text(self._tokenizer, row.output_ids)) for row in rows]
         return self._guidance(
@@ -137,10 +194,7 @@ class MLLMConditioner:
         )
 
     def _force(self, requests: Sequence[EditRequest], features: Float[Tensor, "B P D"]) -> list[Guidance]:
-        prompts = [
-            encode_answered(self._tokenizer, r.instruction, r.expressive or "", self._mllm.num_patches)
-            for r in requests
-        ]
+        prompts = [self._encode_answered(request) for request in requests]
         for prompt in prompts:
             if len(prompt.ids) > self._mllm.max_positions:
                 raise PromptError(
@@ -190,6 +244,12 @@ class MLLMConditioner:
         ]
 
 
+def _check_texts(request: EditRequest) -> None:
+    check_text(request.instruction, "prompt")
+    if request.expressive is not None:
+        check_text(request.expressive, "expressive")
+
+
 def used_fallback(row: Generation, num_visual_tokens: int) -> bool:
     """Whether the states of `row` are not those of its own `[IMG0]`: it never came, or came too late."""
     if row.visual_start is None:
@@ -206,16 +266,19 @@ class TextConditioner:
         self._length = int(encoder.config.max_position_embeddings)
 
     @torch.inference_mode()
-    def derive(self, requests: Sequence[EditRequest], config: GenerationConfig | None = None) -> list[Guidance]:  # noqa: ARG002  # the Protocol's
-        """See `Conditioner`; nothing is generated, so `config` has no effect and the image is not looked at."""
-        texts = []
+    def derive(
+        self,
+        requests: Sequence[EditRequest],
+        config: GenerationConfig | None = None,  # noqa: ARG002  # the Protocol's
+        *,
+        is_wanted: Callable[[int], bool] | None = None,  # noqa: ARG002  # the Protocol's
+    ) -> list[Guidance]:
+        """See `Conditioner`; nothing is generated: only the words matter, and all of them end together."""
         for request in requests:
-            check_text(request.instruction, "prompt")
-            texts.append(
-                request.instruction if request.expressive is None else check_text(request.expressive, "expressive")
-            )
-        if not texts:
+            _check_texts(request)
+        if not requests:
             return []
+        texts = [request.instruction if request.expressive is None else request.expressive for request in requests]
         # split_special_tokens: a user's "<|endoftext|>" stays text.
         ids = [self._tokenizer(text, split_special_tokens=True)["input_ids"] for text in ["", *texts]]
         for request, row in zip(requests, ids[1:], strict=True):
@@ -239,3 +302,8 @@ class TextConditioner:
             )
             for request, text, row, condition in zip(requests, texts, ids[1:], states[1:], strict=True)
         ]
+
+    def num_prompt_tokens(self, request: EditRequest) -> int:
+        """See `Conditioner`: every text is padded to the encoder's length."""
+        _check_texts(request)
+        return self._length

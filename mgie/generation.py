@@ -88,6 +88,7 @@ class _Rules:
 
     config: GenerationConfig
     is_settled: Callable[[list[int]], bool] | None
+    is_wanted: Callable[[int], bool] | None
 
 
 @dataclass
@@ -159,6 +160,7 @@ class Generator:
         config: GenerationConfig,
         *,
         is_settled: Callable[[list[int]], bool] | None = None,
+        is_wanted: Callable[[int], bool] | None = None,
     ) -> list[Generation]:
         """Continues each prompt until `config.stop`, `</s>` or `config.max_new_tokens`.
 
@@ -166,6 +168,8 @@ class Generator:
             prompts: Ids per row, without padding. features: Projected image features per row.
             is_settled: Asked after each token with a row's output ids; true ends the row, because what
                 is wanted of it cannot change any more.
+            is_wanted: Asked before each token with a row's index; false ends the row with what it has, and changes
+                nothing for the others. Once no row is wanted the call returns.
 
         Raises:
             PromptError: A prompt and its output would not fit the LLM's context.
@@ -179,7 +183,7 @@ class Generator:
                 )
         if not prompts:
             return []
-        rules = _Rules(config, is_settled)
+        rules = _Rules(config, is_settled, is_wanted)
         group = self._prefill(prompts, features, config)
         rows = list(group.rows)
         groups = [group]
@@ -217,6 +221,11 @@ class Generator:
 
     def _advance(self, group: _Group, rules: _Rules) -> list[_Group]:
         """Gives every row its next token and feeds it; returns the groups that go on."""
+        if rules.is_wanted is not None:
+            wanted = [i for i, row in enumerate(group.rows) if rules.is_wanted(row.index)]
+            if not wanted:
+                return []
+            group = group.select(wanted)
         for row, token_id in zip(group.rows, self._choose(group), strict=True):
             self._append(row, token_id, rules)
         going = [i for i, row in enumerate(group.rows) if not row.is_done]

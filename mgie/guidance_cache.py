@@ -40,7 +40,13 @@ class GuidanceCacheStats:
 
 
 def guidance_key(
-    image: bytes, instruction: str, *, expressive: str | None, generation: GenerationConfig | None, bundle: str
+    image: bytes,
+    instruction: str,
+    *,
+    expressive: str | None,
+    generation: GenerationConfig | None,
+    bundle: str,
+    is_alone: bool = False,
 ) -> str:
     """What guidance depends on, as a digest.
 
@@ -50,9 +56,10 @@ def guidance_key(
         expressive: The expressive instruction, if the user gives it; "" is one, None is none.
         generation: Settings; None = the bundle's own.
         bundle: Its identity.
+        is_alone: It is derived in a batch of its own: what others share its batch would show in the last bits.
     """
     photo = hashlib.sha256(image).hexdigest()
-    parts = [photo, instruction, expressive, None if generation is None else asdict(generation), bundle]
+    parts = [photo, instruction, expressive, None if generation is None else asdict(generation), bundle, is_alone]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -28,7 +28,7 @@ from serving.blobs import Blob, Blobs, StoreError, open_blobs
 logger = logging.getLogger("serving.artifacts")
 
 MIN_TTL_S = 60.0  # what expires while it is being written helps nobody
-ARTIFACT_PATH = "/v1/artifacts"
+ARTIFACT_PATH = "/v1/images/files"
 
 # Hexadecimal, because some file systems do not tell "a" from "A": 32 bits of expiry time, 128 of chance.
 _ID = re.compile(r"[0-9a-f]{40}")

@@ -61,8 +61,11 @@ class BatcherStats:
     "items whose future got an exception"
     num_dropped: int
     "items whose caller went away before their batch started"
+    num_cancelled: int
+    "items whose caller went away while their batch ran"
     num_waiting: int
     num_running: int
+    "items of the running batch that somebody waits for"
 
     @property
     def mean_batch_size(self) -> float:
@@ -70,21 +73,28 @@ class BatcherStats:
         return self.num_items / self.num_batches if self.num_batches else 0.0
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class _Entry(Generic[ItemT, ResultT]):
     item: ItemT
     key: Hashable
     submitted_at: float
     future: "Future[Batched[ResultT]]" = field(default_factory=Future)
+    is_wanted: bool = True
+    "false: its caller went away while its batch ran"
+
+    @property
+    def is_open(self) -> bool:
+        return self.is_wanted and not self.future.done()
 
 
 class GreedyBatcher(Generic[ItemT, ResultT]):
     """Runs `work` over batches of waiting items, on one thread of its own.
 
     Args:
-        work: Takes the items of a batch, yields `(index, result)` in any order; each result is handed to its
-            caller at once. An exception fails a lone item; the unfinished items of a larger batch are then
-            run one by one, so that only the guilty one fails.
+        work: Takes the items of a batch and a function that says whether an item (by its index) is still wanted,
+            yields `(index, result)` in any order; each result is handed to its caller at once. Nothing need be
+            yielded for what is not wanted any more. An exception fails a lone item; the unfinished items of a
+            larger batch are then run one by one, so that only the guilty one fails.
         key: Compatibility of an item; a batch holds items of one key.
         max_batch_size: Largest batch; at least 1.
         name: Name of the thread, for stack dumps.
@@ -95,7 +105,7 @@ class GreedyBatcher(Generic[ItemT, ResultT]):
 
     def __init__(
         self,
-        work: Callable[[Sequence[ItemT]], Iterable[tuple[int, ResultT]]],
+        work: Callable[[Sequence[ItemT], Callable[[int], bool]], Iterable[tuple[int, ResultT]]],
         *,
         key: Callable[[ItemT], Hashable],
         max_batch_size: int,
@@ -109,13 +119,14 @@ class GreedyBatcher(Generic[ItemT, ResultT]):
         self._waiting: deque[_Entry[ItemT, ResultT]] = deque()
         self._changed = threading.Condition()
         self._is_closed = False
-        self._num_items = self._num_batches = self._num_failed = self._num_dropped = self._num_running = 0
+        self._num_items = self._num_batches = self._num_failed = self._num_dropped = self._num_cancelled = 0
+        self._running: list[_Entry[ItemT, ResultT]] = []
         self._recent: deque[tuple[Hashable, ...]] = deque(maxlen=_NUM_RECORDED_BATCHES)
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
 
     async def submit(self, item: ItemT) -> Batched[ResultT]:
-        """Waits for the item's result. Cancelling the caller drops the item unless its batch already runs.
+        """Waits for the item's result. Cancelling the caller drops the item, or tells its running batch.
 
         Raises:
             BatcherClosedError: The batcher is closed.
@@ -127,7 +138,14 @@ class GreedyBatcher(Generic[ItemT, ResultT]):
                 raise BatcherClosedError("the batcher is closed")
             self._waiting.append(entry)
             self._changed.notify()
-        return await asyncio.wrap_future(entry.future)
+        try:
+            return await asyncio.wrap_future(entry.future)
+        except asyncio.CancelledError:
+            if not entry.future.cancel() and entry.is_open:  # it runs
+                with self._changed:
+                    entry.is_wanted = False
+                    self._num_cancelled += 1
+            raise
 
     def stats(self) -> BatcherStats:
         """Counts so far."""
@@ -137,8 +155,9 @@ class GreedyBatcher(Generic[ItemT, ResultT]):
                 num_batches=self._num_batches,
                 num_failed=self._num_failed,
                 num_dropped=self._num_dropped,
+                num_cancelled=self._num_cancelled,
                 num_waiting=len(self._waiting),
-                num_running=self._num_running,
+                num_running=sum(entry.is_open for entry in self._running),
             )
 
     def recent_batches(self) -> list[tuple[Hashable, ...]]:
@@ -194,12 +213,12 @@ class GreedyBatcher(Generic[ItemT, ResultT]):
         error = self._run_once(batch)
         if error is None:
             return
-        unfinished = [entry for entry in batch if not entry.future.done()]
+        unfinished = [entry for entry in batch if entry.is_open]
         if len(batch) == 1:
             self._fail(unfinished, error)
             return
         for entry in unfinished:
-            lone_error = self._run_once([entry])
+            lone_error = self._run_once([entry]) if entry.is_open else None
             if lone_error is not None:
                 self._fail([entry], lone_error)
 
@@ -210,11 +229,13 @@ class GreedyBatcher(Generic[ItemT, ResultT]):
             number = self._num_batches
             self._num_batches += 1
             self._num_items += len(batch)
-            self._num_running = len(batch)
+            self._running = batch
             self._recent.append(tuple(entry.key for entry in batch))
         try:
-            for index, result in self._work([entry.item for entry in batch]):
+            for index, result in self._work([entry.item for entry in batch], lambda index: batch[index].is_wanted):
                 entry = batch[index]
+                if not entry.is_wanted:
+                    continue
                 run = BatchRun(
                     batch=number,
                     batch_size=len(batch),
@@ -222,14 +243,14 @@ class GreedyBatcher(Generic[ItemT, ResultT]):
                     run_s=time.monotonic() - started_at,
                 )
                 entry.future.set_result(Batched(result=result, run=run))
-            missing = sum(not entry.future.done() for entry in batch)
+            missing = sum(entry.is_open for entry in batch)
             if missing:
                 return RuntimeError(f"the batch ended without a result for {missing} of {len(batch)} items")
         except Exception as error:  # noqa: BLE001  the loop must outlive whatever a model raises; the caller gets it
             return error
         finally:
             with self._changed:
-                self._num_running = 0
+                self._running = []
         return None
 
     def _fail(self, entries: list[_Entry[ItemT, ResultT]], error: Exception) -> None:

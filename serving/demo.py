@@ -6,7 +6,6 @@ only file of `serving` that prints.
 
 import contextlib
 import logging
-import math
 import os
 import secrets
 import shutil
@@ -30,6 +29,7 @@ from ray import serve
 
 from mgie.errors import MGIEError
 from mgie.images import EditMetadata, read_image, write_image
+from mgie.tiny.world import make_sample
 from serving.app import ServingArgs, app
 
 HOST = "127.0.0.1"
@@ -47,7 +47,7 @@ class DemoConfig:
 
     photo: Annotated[Path | None, tyro.conf.Positional] = None
     "photo to edit (PNG, JPEG or WebP); none: a landscape drawn by this program"
-    instruction: str = "turn the day into night"
+    instruction: str = "make it night"
     "what to change"
     out: Path = Path("out")
     "folder for the pictures"
@@ -119,15 +119,28 @@ def warn_if_untrained(details: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def local_service(args: ServingArgs, *, port: int, num_cpus: int | None = None) -> Iterator[str]:
-    """The application on a private one-node cluster; yields its address.
+    """The application on a `local_cluster`; yields its address.
+
+    Raises:
+        MGIEError: The bundle cannot be used.
+        OSError: The port is taken.
+    """
+    with local_cluster(port=port, num_cpus=num_cpus) as (address, folder):
+        if args.artifacts is None:
+            args = args.model_copy(update={"artifacts": str(folder / "results")})
+        serve.run(app(args), name="mgie", logging_config={"log_level": "WARNING"})
+        yield address
+
+
+@contextlib.contextmanager
+def local_cluster(*, port: int, num_cpus: int | None = None) -> Iterator[tuple[str, Path]]:
+    """A private one-node cluster with Ray Serve; yields its HTTP address and its folder, which goes with it.
 
     Args:
-        args: Of the application.
         port: HTTP port.
         num_cpus: CPUs that Ray may give out; None: those of this machine, at least two.
 
     Raises:
-        MGIEError: The bundle cannot be used.
         OSError: The port is taken.
     """
     with socket.socket() as probe:  # Ray would only say that its proxy died
@@ -152,9 +165,8 @@ def local_service(args: ServingArgs, *, port: int, num_cpus: int | None = None) 
         )
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(http_options={"host": HOST, "port": port}, logging_config={"log_level": "WARNING"})
-        serve.run(app(args), name="mgie", logging_config={"log_level": "WARNING"})
         signal.signal(signal.SIGTERM, _stop)  # again: Ray has put a handler of its own there, which aborts
-        yield f"http://{HOST}:{port}"
+        yield f"http://{HOST}:{port}", folder
     finally:
         # A second Ctrl-C must not leave half a cluster behind.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -231,33 +243,12 @@ def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px
     return lines
 
 
-def draw_landscape(width: int = 640, height: int = 448) -> bytes:
-    """A simple landscape by day: sky, sun, hills, a lake, a house and trees; PNG."""
-    image = Image.new("RGB", (width, height))
-    pen = ImageDraw.Draw(image)
-    horizon = height * 11 // 20
-    for y in range(height):  # the sky gets lighter towards the horizon
-        t = min(1.0, y / horizon)
-        pen.line([(0, y), (width, y)], fill=(int(70 + 130 * t), int(140 + 80 * t), int(225 + 20 * t)))
-    pen.ellipse([width * 0.75, height * 0.08, width * 0.75 + 60, height * 0.08 + 60], fill=(255, 225, 110))
-    for base, swell, colour in ((0.50, 0.09, (110, 150, 120)), (0.56, 0.06, (85, 135, 85))):
-        ridge = [
-            (x, height * (base - swell * math.sin(2.2 * math.pi * x / width + 9 * base))) for x in range(0, width, 4)
-        ]
-        pen.polygon([(0, height), *ridge, (width, height)], fill=colour)
-    pen.rectangle([0, height * 0.62, width, height], fill=(105, 165, 80))
-    pen.ellipse([width * 0.45, height * 0.70, width * 0.98, height * 0.92], fill=(80, 140, 190))
-    left, top = width * 0.12, height * 0.52
-    pen.rectangle([left, top, left + 130, top + 90], fill=(205, 175, 140))
-    pen.polygon([(left - 15, top), (left + 65, top - 60), (left + 145, top)], fill=(160, 70, 55))
-    pen.rectangle([left + 52, top + 40, left + 80, top + 90], fill=(95, 65, 45))
-    for window in (left + 15, left + 95):
-        pen.rectangle([window, top + 22, window + 22, top + 44], fill=(200, 225, 240))
-    for x, size in ((0.42, 46), (0.60, 34), (0.90, 52)):
-        trunk, ground = width * x, height * 0.66
-        pen.rectangle([trunk - 4, ground - size * 0.4, trunk + 4, ground], fill=(95, 70, 50))
-        pen.ellipse([trunk - size / 2, ground - size * 1.5, trunk + size / 2, ground - size * 0.3], fill=(50, 110, 55))
-    return write_image(image, format="png")
+def draw_landscape(width: int = 512, height: int = 512) -> bytes:
+    """A house by the water on a summer's day, drawn as the tiny models' world is; PNG."""
+    side = max(width, height)
+    scene = make_sample(11, "test", 37, side_px=side).source
+    left, top = (side - width) // 2, (side - height) // 2
+    return write_image(scene.crop((left, top, left + width, top + height)), format="png")
 
 
 def _stop(_: int, __: FrameType | None) -> None:

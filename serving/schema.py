@@ -4,14 +4,14 @@ The form model is the only place where a parameter's type, range and default sta
 and the error messages are derived from it. Knows nothing of routes, stages or Ray.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.functional_validators import AfterValidator
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from mgie.config import MAX_GUIDANCE_SCALE, MAX_INSTRUCTION_CHARS, MAX_SEED, MAX_STEPS, Sampler
 from mgie.editor import random_seed
@@ -23,6 +23,7 @@ MAX_IMAGES = 16  # what the OpenAI SDK may send in a list; one is used, more get
 MAX_FIELDS = 64
 MAX_FIELD_BYTES = 4 * MAX_INSTRUCTION_CHARS + 65_536  # a too long prompt still gets the error that names it
 FORM_OVERHEAD_BYTES = 1_048_576  # what a form may hold besides its image
+MIN_SIDE_PX, MAX_SIDE_PX = 16, 4096  # of a result whose size is asked for
 
 MAX_SHOWN_CHARS = 80  # of a bad value in an error message
 
@@ -45,8 +46,12 @@ class UnknownModelError(RequestError):
     """The model asked for is not served (404)."""
 
 
+class UnknownPreviousError(RequestError):
+    """There is no result of the edit that this one is to go on from (404)."""
+
+
 class MediaTypeError(RequestError):
-    """The body is not multipart/form-data (415)."""
+    """The body is neither multipart/form-data nor application/json (415)."""
 
 
 class BodyTooLargeError(RequestError):
@@ -72,6 +77,13 @@ class Supported:
         return value
 
 
+def _size_in_range(size: str) -> str:
+    if size != "auto" and not all(MIN_SIDE_PX <= int(side) <= MAX_SIDE_PX for side in size.split("x")):
+        bounds = {"least": MIN_SIDE_PX, "most": MAX_SIDE_PX}
+        raise PydanticCustomError("size_range", "each side must be {least} to {most} px", bounds)
+    return size
+
+
 def _not_blank(text: str) -> str:
     if not text.strip():
         raise PydanticCustomError("blank", "it must hold some text")
@@ -87,19 +99,31 @@ class EditForm(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    image: bytes = Field(description="The photo: PNG, JPEG or WebP, one file (`image[]` is read as `image`).")
+    image: bytes | None = Field(
+        None, description="The photo: PNG, JPEG or WebP, one file (`image[]` is read as `image`)."
+    )
+    previous: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
+        None,
+        description="Instead of `image`: the `mgie.id` of an earlier edit that was kept, whose result is edited on; "
+        "`id:1` is the second of several results.",
+    )
     prompt: Text = Field(description="What to change.")
     model: str | None = Field(None, description="Name of the served bundle, as in /v1/models.")
     n: Annotated[int, Field(ge=1, le=MAX_RESULTS)] = Field(
         1, description="Number of results; result i has the seed + i."
     )
-    size: Annotated[str, Field(pattern=r"^(auto|\d{1,5}x\d{1,5})$"), Supported(("auto",))] = Field(
-        "auto", description="`auto`: the size and framing of the photo."
+    size: Annotated[str, Field(pattern=r"^(auto|\d{1,5}x\d{1,5})$"), AfterValidator(_size_in_range)] = Field(
+        "auto", description="`auto`: the photo's own; WxH, of the same aspect ratio: the result is scaled to it."
     )
     quality: Annotated[Literal["auto", "low", "medium", "high", "standard", "hd"], Supported(("auto",))] = Field(
         "auto", description="Use `steps` to trade time for quality."
     )
-    response_format: Annotated[Literal["b64_json", "url"], Supported(("b64_json",))] = Field("b64_json")
+    response_format: Literal["b64_json", "url"] = Field(
+        "b64_json", description="`url`: the results are kept, and addresses of them returned. Not with `stream`."
+    )
+    keep: bool | None = Field(
+        None, description="Keep the results for a while, for `previous`. None: only with `response_format=url`."
+    )
     output_format: OutputFormat = Field("png", description="File type of the result.")
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = Field(
         None, description="Quality of a jpeg or webp result, 0 to 100; png has none."
@@ -134,13 +158,15 @@ class EditForm(BaseModel):
     )
 
 
-_FILES = ("image", "mask")
+FILES = ("image", "mask")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditCall:
     """One edit as the stages need it."""
 
+    model: str
+    "name of the bundle"
     image: bytes
     "encoded photo"
     instruction: str
@@ -156,56 +182,29 @@ class EditCall:
     output_format: OutputFormat
     output_quality: int | None
     "0 to 100 for jpeg and webp; None for the default"
+    output_wh: tuple[int, int] | None = None
+    "size that the results are scaled to; None = the photo's"
+    keeps_lossless: bool = False
+    "make the results as PNG, too, and keep them"
     deadline: float
     "when to give up, by time.monotonic() of this process"
 
 
-def parse_edit_form(fields: Iterable[tuple[str, str | bytes]]) -> EditForm:
-    """Checks the fields of a multipart form.
-
-    Args:
-        fields: Name and value in the order of the form; files as bytes.
-
-    Raises:
-        RequestError: A field is unknown, repeated, missing, not supported yet, or has a bad value.
-    """
-    values: dict[str, str | bytes] = {}
-    for sent_name, value in fields:
-        name = "image" if sent_name == "image[]" else sent_name
-        if name not in EditForm.model_fields:
-            allowed = ", ".join(EditForm.model_fields)
-            message = f"unknown parameter {shown(name)}; known are {allowed}"
-            raise RequestError(message, param=name[:MAX_SHOWN_CHARS], code="unknown_parameter")
-        if name in values:
-            raise RequestError(f"{name} is given more than once; send one", param=name, code="too_many_values")
-        if isinstance(value, bytes) != (name in _FILES):
-            kind = "a file" if name in _FILES else "text, not a file"
-            raise RequestError(f"{name} must be {kind}", param=name)
-        values[name] = value
-    try:
-        form = EditForm.model_validate(values)
-    except ValidationError as error:
-        raise _first_problem(error) from error
-    if form.output_format == "png" and form.output_compression is not None:
-        raise RequestError(
-            f"output_compression is {form.output_compression}, but output_format is png, which has none; "
-            "use jpeg or webp, or leave it out",
-            param="output_compression",
-        )
-    if form.partial_images and not form.stream:
-        raise RequestError(
-            f"partial_images is {form.partial_images}, but stream is false; it must be 0 without stream",
-            param="partial_images",
-        )
-    return form
-
-
-def edit_call(form: EditForm, *, deadline: float) -> EditCall:
+def edit_call(
+    form: EditForm,
+    *,
+    model: str,
+    image: bytes,
+    output_wh: tuple[int, int] | None = None,
+    keeps_lossless: bool = False,
+    deadline: float,
+) -> EditCall:
     """What the stages get of a form; draws the seed if none is given."""
     names = ("sampler", "steps", "guidance_scale", "image_guidance_scale", "square_crop", "detail_transfer")
     given = {name: getattr(form, name) for name in names}
     return EditCall(
-        image=form.image,
+        model=model,
+        image=image,
         instruction=form.prompt,
         expressive=form.expressive,
         overrides={name: value for name, value in given.items() if value is not None},
@@ -216,6 +215,8 @@ def edit_call(form: EditForm, *, deadline: float) -> EditCall:
         num_partials=form.partial_images,
         output_format=form.output_format,
         output_quality=form.output_compression,
+        output_wh=output_wh,
+        keeps_lossless=keeps_lossless,
         deadline=deadline,
     )
 
@@ -226,26 +227,6 @@ def shown(value: object) -> str:
     return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}... ({len(str(value))} characters)"
 
 
-def _first_problem(error: ValidationError) -> RequestError:
-    detail = error.errors(include_url=False)[0]
-    name = str(detail["loc"][0])
-    if detail["type"] == "missing":
-        return RequestError(f"{name} is required", param=name, code="missing_required_parameter")
-    code = "unsupported_value" if detail["type"] == "unsupported" else "invalid_value"
-    return RequestError(f"{name} is {shown(detail['input'])}; {_allowed(name, detail)}", param=name, code=code)
-
-
-def _allowed(name: str, detail: ErrorDetails) -> str:
-    """What the value should have been: the field's own bounds, or pydantic's words."""
-    schema = form_schema()["properties"][name]
-    if detail["type"] == "string_pattern_mismatch":
-        return "it must be auto or WxH, such as 512x512"
-    if "minimum" in schema and "unsupported" not in detail["type"]:
-        kind = "a whole number, " if schema["type"] == "integer" else ""
-        return f"it must be {kind}{schema['minimum']:g} to {schema['maximum']}"
-    return detail["msg"].replace("Input should be", "it must be").replace("String should", "it must")
-
-
 def form_schema() -> dict[str, Any]:
     """JSON schema of the form. A form cannot send `null`: optional fields are simply left out."""
     schema = EditForm.model_json_schema()
@@ -254,7 +235,19 @@ def form_schema() -> dict[str, Any]:
         for option in options:
             field.update(option)
             del field["default"]
-    return schema
+    return schema | {"oneOf": [{"required": [name]} for name in ("image", "previous")]}
+
+
+def json_schema() -> dict[str, Any]:
+    """The same of the JSON variant: pictures are data URLs, alone or as OpenAI wraps them."""
+    url = {"type": "string", "pattern": "^data:image/"}
+    wrapped = {"type": "object", "properties": {"image_url": url}, "required": ["image_url"]}
+    picture = {"anyOf": [url, wrapped | {"additionalProperties": False}]}
+    schema = form_schema()
+    for name in FILES:
+        schema["properties"][name] = picture | {"description": schema["properties"][name]["description"]}
+    schema["properties"]["images"] = {"type": "array", "items": picture, "minItems": 1, "maxItems": 1}
+    return schema | {"oneOf": [{"required": [name]} for name in ("image", "images", "previous")]}
 
 
 # The answer ---------------------------------------------------------------------------------------------
@@ -263,7 +256,8 @@ def form_schema() -> dict[str, Any]:
 class EditedImage(BaseModel):
     """One result."""
 
-    b64_json: str = Field(description="The encoded image file, base64.")
+    b64_json: str | None = Field(None, description="The encoded image file, base64; absent where a `url` is asked for.")
+    url: str | None = Field(None, description="Where the file can be fetched until it expires.")
     revised_prompt: str = Field(description="The expressive instruction that guided the edit.")
 
 
@@ -297,7 +291,8 @@ class BatchPlace(BaseModel):
     """The MLLM batch that an edit ran in."""
 
     replica: str = Field(description="Random name of the replica.")
-    batch: int = Field(description="Number of the batch in that replica.")
+    cached: bool = Field(description="The guidance of an equal edit was used; there was no batch.")
+    batch: int | None = Field(description="Number of the batch in that replica.")
     size: int = Field(description="Edits in the batch.")
     retries: int = Field(description="Times that the stage call was repeated because a replica died.")
 
@@ -314,7 +309,8 @@ class EnginePlace(BaseModel):
 class EditDetails(BaseModel):
     """What OpenAI's answer has no room for."""
 
-    id: str
+    id: str = Field(description="Names the edit: that of the answer's x-request-id.")
+    kept_until: int | None = Field(description="Unix time until which `previous` finds the results; null: not kept.")
     seed: int
     sampler: str
     steps: int
@@ -395,6 +391,7 @@ class ModelDetails(BaseModel):
     made_by: str
     work_area_px: int
     defaults: dict[str, Any] = Field(description="Sampling settings used where an edit gives none.")
+    examples: list[str] = Field(description="Instructions that it can follow.")
 
 
 class Model(BaseModel):

@@ -14,13 +14,22 @@ function hide(...ids) {
   for (const id of ids) element(id).hidden = true;
 }
 
-async function warnIfUntrained() {
+async function showModel() {
   const response = await fetch("/v1/models");
   if (!response.ok) return; // not ready yet: an edit will say so
   const [model] = (await response.json()).data;
   if (!model.mgie.trained) {
     element("model-name").textContent = model.id;
     show("untrained");
+  }
+  for (const example of model.mgie.examples) {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.className = "example";
+    button.textContent = example;
+    button.addEventListener("click", () => { element("prompt").value = example; });
+    element("examples").append(" ", button);
+    show("examples");
   }
 }
 
@@ -92,4 +101,4 @@ element("image").addEventListener("change", () => {
   show("before");
 });
 
-warnIfUntrained();
+showModel();

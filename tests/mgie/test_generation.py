@@ -246,3 +246,38 @@ def test_a_settled_row_ends_and_the_others_go_on(base: MLLM, tokenizer: Tokenize
         end = unlimited.index(marker) + 1 if marker in unlimited else len(unlimited)
         assert row.output_ids == unlimited[:end]
     assert len(held[1].output_ids) <= 5
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 3])
+def test_a_row_that_is_not_wanted_any_more_leaves_within_a_token_and_changes_nothing_for_the_others(
+    base: MLLM, tokenizer: Tokenizer, num_tokens: int
+) -> None:
+    generator = Generator(base, eos_id=tokenizer.eos_id, visual_ids=())
+    config = GenerationConfig(max_new_tokens=12, stop="eos", no_repeat_ngram_size=0)
+    prompts = [_prompt(tokenizer, base, 600 + i, 4 + i, seed=i) for i in range(3)]
+    features = _features(base, 3)
+    alone = [generator.generate([prompt], features[i : i + 1], config)[0] for i, prompt in enumerate(prompts)]
+    assert min(len(row.output_ids) for row in alone) > 3
+    asked = [0, 0, 0]
+
+    def is_wanted(row: int) -> bool:
+        asked[row] += 1
+        return row != 1 or asked[row] <= num_tokens
+
+    together = generator.generate(prompts, features, config, is_wanted=is_wanted)
+    assert together[1].output_ids == alone[1].output_ids[:num_tokens]
+    assert asked[1] == num_tokens + 1
+    for i in (0, 2):
+        assert together[i].ids == alone[i].ids
+        torch.testing.assert_close(together[i].hidden, alone[i].hidden, rtol=0, atol=1e-4)
+
+
+def test_a_batch_that_nobody_wants_ends_at_once(base: MLLM, tokenizer: Tokenizer) -> None:
+    mllm = copy.deepcopy(base)
+    calls: list[int] = []
+    mllm.llm.model.register_forward_hook(lambda module, args, output: calls.append(output.last_hidden_state.shape[1]))
+    generator = Generator(mllm, eos_id=tokenizer.eos_id, visual_ids=())
+    prompts = [_prompt(tokenizer, mllm, 600 + i, 4, seed=i) for i in range(2)]
+    features = _features(mllm, 2)
+    generator.generate(prompts, features, GenerationConfig(stop="eos"), is_wanted=lambda row: len(calls) < 3)
+    assert calls == [len(prompts[0]), 1, 1]

@@ -14,18 +14,19 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from mgie.tiny import ensure_bundle
-from serving.ingress import InProcessBackend, build_api
+from serving.backend import InProcessBackend
+from serving.ingress import build_api
 from serving.stages import DiffusionStage, MLLMStage
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle() -> Path:
-    return ensure_bundle("tiny")
+    return ensure_bundle("random")
 
 
 @pytest.fixture(scope="session")
 def mllm(tiny_bundle: Path) -> Iterator[MLLMStage]:
-    stage = MLLMStage(str(tiny_bundle), device="cpu")
+    stage = MLLMStage(str(tiny_bundle), device="cpu", cache_bytes=0)
     yield stage
     stage.close()
 

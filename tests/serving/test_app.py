@@ -1,6 +1,7 @@
 """The arguments of the application builder; how it runs is tested on a cluster in test_cluster.py."""
 
 import inspect
+from pathlib import Path
 
 import pytest
 from pydantic import BaseModel, ValidationError
@@ -18,7 +19,7 @@ def test_serve_finds_a_builder_with_one_typed_argument() -> None:
 
 
 def test_the_builder_makes_an_application_without_a_cluster() -> None:
-    assert isinstance(app(ServingArgs()), serve.Application)
+    assert isinstance(app(ServingArgs(bundle="random")), serve.Application)
 
 
 def test_command_line_strings_become_values() -> None:
@@ -47,15 +48,26 @@ def test_every_argument_is_described_and_none_can_be_changed_later() -> None:
         ServingArgs().device = "cpu"  # type: ignore[misc]
 
 
+@pytest.mark.parametrize(("given", "bundles"), [("", ()), ("a", ("a",)), ("a,s3://b/c", ("a", "s3://b/c"))])
+def test_bundles_are_named_in_one_word(given: str, bundles: tuple[str, ...]) -> None:
+    assert ServingArgs.model_validate({"bundles": given}).bundles == bundles
+
+
+def test_the_builder_takes_several_bundles_of_different_names(tiny_bundle: Path, renamed_bundle: Path) -> None:
+    app(ServingArgs(bundle=str(tiny_bundle), bundles=(str(renamed_bundle),)))
+    with pytest.raises(BundleError, match="names must differ"):
+        app(ServingArgs(bundle=str(tiny_bundle), bundles=(str(tiny_bundle),)))
+
+
 def test_a_bundle_that_cannot_serve_fails_in_the_builder() -> None:
     with pytest.raises(BundleError, match="no tokenizer"):
-        app(ServingArgs(bundle="tiny-summarizer"))
+        app(ServingArgs(bundle="random-summarizer"))
     with pytest.raises(BundleError, match="not a folder"):
         app(ServingArgs(bundle="./nowhere"))
 
 
 def test_two_replicas_of_each_stage_fit_two_cpus_by_default() -> None:
-    args = ServingArgs()
+    args = ServingArgs(bundle="random")
     assert args.mllm_max_replicas >= 2
     assert args.diffusion_max_replicas >= 2
     assert args.mllm_max_replicas * args.mllm_num_cpus + args.diffusion_max_replicas * args.diffusion_num_cpus <= 2

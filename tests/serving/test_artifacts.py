@@ -193,7 +193,7 @@ def test_ids_share_nothing_but_their_time(local: Shop) -> None:
 
 def test_the_address_in_a_folder_is_that_of_the_service(local: Shop) -> None:
     artifact = put(local.open())
-    assert local.open().url(artifact.id, "https://host/base/") == f"https://host/base/v1/artifacts/{artifact.id}"
+    assert local.open().url(artifact.id, "https://host/base/") == f"https://host/base/v1/images/files/{artifact.id}"
 
 
 def test_the_address_in_s3_is_signed_and_needs_no_key(s3: S3Store) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
@@ -17,17 +17,20 @@ class Gate:
         self.opened = threading.Event()
         self.entered = threading.Event()
         self.batches: list[list[int]] = []
+        self.done: list[int] = []
         if is_open:
             self.opened.set()
 
-    def __call__(self, items: Sequence[int]) -> Iterator[tuple[int, int]]:
+    def __call__(self, items: Sequence[int], is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, int]]:
         self.batches.append(list(items))
         self.entered.set()
         self.opened.wait(10)
         for index, item in enumerate(items):
             if item < 0:
                 raise ValueError(f"item {item}")
-            yield index, 2 * item
+            if is_wanted(index):
+                self.done.append(item)
+                yield index, 2 * item
 
 
 def gated(gate: Gate, *, max_batch_size: int = 4, modulus: int = 1) -> GreedyBatcher[int, int]:
@@ -90,15 +93,15 @@ def test_batches_keep_to_the_limit_and_to_one_key_oldest_first() -> None:
 def test_results_are_delivered_before_the_batch_ends() -> None:
     may_end = threading.Event()
 
-    def work(items: Sequence[int]) -> Iterator[tuple[int, int]]:
+    def work(items: Sequence[int], is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, int]]:
         yield 1, items[1]
         may_end.wait(10)
         yield 0, items[0]
 
     gate = Gate(is_open=False)
 
-    def first_blocks(items: Sequence[int]) -> Iterator[tuple[int, int]]:
-        return gate(items) if items[0] == 0 else work(items)
+    def first_blocks(items: Sequence[int], is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, int]]:
+        return gate(items, is_wanted) if items[0] == 0 else work(items, is_wanted)
 
     batcher = GreedyBatcher(first_blocks, key=lambda _: None, max_batch_size=2, name="test")
 
@@ -135,7 +138,9 @@ def test_only_the_guilty_item_of_a_batch_fails_and_the_loop_lives_on() -> None:
 
 
 def test_an_item_that_the_work_forgets_gets_an_error_instead_of_waiting_for_ever() -> None:
-    batcher: GreedyBatcher[int, int] = GreedyBatcher(lambda _: [], key=lambda _: None, max_batch_size=2, name="test")
+    batcher: GreedyBatcher[int, int] = GreedyBatcher(
+        lambda items, is_wanted: [], key=lambda _: None, max_batch_size=2, name="test"
+    )
     with pytest.raises(RuntimeError, match="without a result for 1 of 1"):
         asyncio.run(asyncio.wait_for(batcher.submit(1), 5))
     batcher.close()
@@ -143,7 +148,7 @@ def test_an_item_that_the_work_forgets_gets_an_error_instead_of_waiting_for_ever
 
 def test_a_key_that_raises_fails_its_caller_only() -> None:
     batcher: GreedyBatcher[int, int] = GreedyBatcher(
-        enumerate, key=lambda item: 1 // item, max_batch_size=2, name="test"
+        lambda items, is_wanted: enumerate(items), key=lambda item: 1 // item, max_batch_size=2, name="test"
     )
     with pytest.raises(ZeroDivisionError):
         asyncio.run(batcher.submit(0))
@@ -168,18 +173,49 @@ def test_a_cancelled_caller_is_dropped_before_its_batch_starts() -> None:
     batcher.close()
 
 
-def test_cancelling_a_running_item_harms_nobody() -> None:
+def test_an_item_cancelled_while_it_runs_is_no_longer_wanted_and_the_others_are_served() -> None:
+    gates = [Gate(is_open=False), Gate(is_open=False), Gate()]
+    numbers = iter(range(3))
+
+    def work(items: Sequence[int], is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, int]]:
+        return gates[next(numbers)](items, is_wanted)
+
+    batcher: GreedyBatcher[int, int] = GreedyBatcher(work, key=lambda _: 0, max_batch_size=4, name="test")
+
+    async def main() -> None:
+        [first, *tasks] = await queue_behind_one(batcher, gates[0], [4, 5, 6])
+        gates[0].opened.set()
+        await first
+        await asyncio.to_thread(gates[1].entered.wait, 10)
+        tasks[1].cancel()
+        await asyncio.wait({tasks[1]})
+        assert (batcher.stats().num_running, batcher.stats().num_cancelled) == (2, 1)
+        gates[1].opened.set()
+        assert [(await tasks[i]).result for i in (0, 2)] == [8, 12]
+        assert (await batcher.submit(7)).result == 14
+
+    asyncio.run(main())
+    assert [gate.batches for gate in gates] == [[[0]], [[4, 5, 6]], [[7]]]
+    assert gates[1].done == [4, 6]
+    assert (batcher.stats().num_cancelled, batcher.stats().num_dropped, batcher.stats().num_failed) == (1, 0, 0)
+    batcher.close()
+
+
+def test_a_batch_whose_items_are_all_cancelled_ends_and_is_not_run_again() -> None:
     gate = Gate(is_open=False)
     batcher = gated(gate)
 
     async def main() -> None:
-        tasks = await queue_behind_one(batcher, gate, [4])
-        tasks[0].cancel()
+        [task] = await queue_behind_one(batcher, gate, [])
+        task.cancel()
+        await asyncio.wait({task})
+        assert batcher.stats().num_running == 0
         gate.opened.set()
-        assert (await tasks[1]).result == 8
-        assert (await batcher.submit(5)).result == 10
+        assert (await batcher.submit(7)).result == 14
 
     asyncio.run(main())
+    assert gate.batches == [[0], [7]]
+    assert gate.done == [7]
     batcher.close()
 
 

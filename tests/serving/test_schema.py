@@ -3,7 +3,8 @@
 import pytest
 
 from mgie.config import MAX_INSTRUCTION_CHARS
-from serving.schema import EditForm, RequestError, edit_call, form_schema, parse_edit_form
+from serving.bodies import parse_edit_form
+from serving.schema import EditForm, RequestError, edit_call, form_schema
 
 REQUIRED: list[tuple[str, str | bytes]] = [("image", b"..."), ("prompt", "make it night")]
 
@@ -28,7 +29,7 @@ def test_strings_become_values() -> None:
         ("output_format", "jpeg"),
         ("output_compression", "0"),
     )
-    call = edit_call(form, deadline=5.0)
+    call = edit_call(form, model="m", image=b"...", deadline=5.0)
     assert call.seed == 18446744073
     assert (call.n, call.mask, call.deterministic, call.deadline) == (3, b"png", True, 5.0)
     assert dict(call.overrides) == {
@@ -39,7 +40,7 @@ def test_strings_become_values() -> None:
 
 
 def test_what_is_not_given_is_left_to_the_bundle_and_the_seed_is_drawn() -> None:
-    calls = [edit_call(parse(), deadline=0) for _ in range(8)]
+    calls = [edit_call(parse(), model="m", image=b"...", deadline=0) for _ in range(8)]
     assert dict(calls[0].overrides) == {}
     assert calls[0].expressive is None
     assert len({call.seed for call in calls}) == 8
@@ -62,10 +63,15 @@ def test_image_in_brackets_is_the_same_field() -> None:
         ([("n", "11")], "n", "invalid_value", "1 to 10"),
         ([("n", "two")], "n", "invalid_value", "1 to 10"),
         ([("size", "big")], "size", "invalid_value", "auto or WxH"),
-        ([("size", "1024x1024")], "size", "unsupported_value", "only auto is supported yet"),
+        ([("size", "15x20")], "size", "invalid_value", "each side must be 16 to 4096 px"),
+        ([("size", "16x4097")], "size", "invalid_value", "each side must be 16 to 4096 px"),
         ([("quality", "high")], "quality", "unsupported_value", "only auto"),
         ([("quality", "best")], "quality", "invalid_value", "'auto', 'low'"),
-        ([("response_format", "url")], "response_format", "unsupported_value", "only b64_json"),
+        ([("response_format", "file")], "response_format", "invalid_value", "'b64_json' or 'url'"),
+        ([("response_format", "url"), ("stream", "true")], "stream", "invalid_value", "stream must be false"),
+        ([("response_format", "url"), ("keep", "false")], "keep", "invalid_value", "keep must be true"),
+        ([("keep", "perhaps")], "keep", "invalid_value", "boolean"),
+        ([("previous", "an-id")], "image", "too_many_values", "both of image and previous"),
         ([("output_format", "gif")], "output_format", "invalid_value", "'png', 'jpeg' or 'webp'"),
         ([("output_compression", "50")], "output_compression", "invalid_value", "png, which has none"),
         ([("output_compression", "101")], "output_compression", "invalid_value", "0 to 100"),
@@ -91,7 +97,7 @@ def test_image_in_brackets_is_the_same_field() -> None:
             [("strength", "0.5")],
             "strength",
             "unknown_parameter",
-            "unknown parameter 'strength'; known are image, prompt",
+            "unknown parameter 'strength'; known are image, previous, prompt",
         ),
         ([("prompt", "again")], "prompt", "too_many_values", "more than once"),
         ([("image", b"second")], "image", "too_many_values", "more than once"),
@@ -138,9 +144,12 @@ def test_the_longest_prompt_allowed_is_accepted() -> None:
 def test_the_openapi_schema_of_the_form_tells_what_the_parser_does() -> None:
     schema = form_schema()
     assert schema["additionalProperties"] is False
-    assert schema["required"] == ["image", "prompt"]
+    assert schema["required"] == ["prompt"]
+    assert schema["oneOf"] == [{"required": ["image"]}, {"required": ["previous"]}]
     assert schema["properties"]["image"] == schema["properties"]["image"] | {"type": "string", "format": "binary"}
-    fields = {name: field for name, field in schema["properties"].items() if name not in {"image", "prompt"}}
+    fields = {
+        name: field for name, field in schema["properties"].items() if name not in {"image", "previous", "prompt"}
+    }
     assert len(fields) > 10
     for name, field in fields.items():
         assert field["type"] != "null"

@@ -6,6 +6,7 @@ deployment with short autoscaling delays.
 
 import base64
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from typing import Any
 import httpx2
 import numpy as np
 import openai
+import psutil
 import pytest
 from ray import serve
 
@@ -30,8 +32,17 @@ from serving.demo import free_port, local_service
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(240)]
 
 Photo = Callable[..., bytes]
-ONE_REPLICA = ServingArgs(device="cpu", mllm_max_replicas=1, diffusion_max_replicas=1, health_check_period_s=1)
+ONE_REPLICA = ServingArgs(
+    bundle="random",
+    device="cpu",
+    mllm_max_replicas=1,
+    diffusion_max_replicas=1,
+    ingress_replicas=2,
+    mllm_cache_bytes=0,
+    health_check_period_s=1,
+)
 AUTOSCALED = ServingArgs(
+    bundle="random",
     device="cpu",
     mllm_target_ongoing_requests=4,
     diffusion_target_ongoing_requests=4,
@@ -185,9 +196,7 @@ def test_an_edit_whose_client_went_away_leaves_the_engine_within_a_step(
         else:
             with pytest.raises(httpx2.ReadTimeout):  # closes the connection
                 client.send(request)
-    deadline = time.monotonic() + 10
-    while (after := stats(address)["diffusion"]["work"])["num_in_flight"] and time.monotonic() < deadline:
-        time.sleep(0.05)
+    after = wait_until_idle(address)
     assert after["num_cancelled"] == before["num_cancelled"] + 1
     assert before["num_steps"] < after["num_steps"] < before["num_steps"] + 1000
     assert after["max_steps_after_end"] <= 1
@@ -205,6 +214,74 @@ def test_a_stream_ends_with_the_results_of_a_plain_edit(address: str, photo: Pho
     assert base64.b64decode(events[-1].b64_json) == edit(address, photo(), "p", seed=5, steps=20).data
 
 
+def test_url_json_and_previous_work_through_any_replica(address: str, photo: Photo) -> None:
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="unused", max_retries=0, timeout=120)
+    extra = {"seed": 5, "steps": 2, "deterministic": True}
+    for turn in range(4):  # there are two replicas of the ingress
+        answer = client.images.edit(
+            image=("photo", photo(seed=turn)), prompt="p", n=2, response_format="url", extra_body=extra
+        )
+        assert answer.data is not None
+        first, second = [httpx2.get(str(result.url), timeout=30).raise_for_status().content for result in answer.data]
+        assert first == edit(address, photo(seed=turn), "p", **extra).data
+        picture = f"data:image/png;base64,{base64.b64encode(second).decode()}"
+        edit_id = answer.model_dump()["mgie"]["id"]
+        went_on, sent_again = [
+            httpx2.post(f"{address}/v1/images/edits", json=extra | {"prompt": "q"} | source, timeout=60).json()["data"]
+            for source in ({"previous": f"{edit_id}:1"}, {"images": [{"image_url": picture}]})
+        ]
+        assert went_on == sent_again
+    missing = httpx2.post(f"{address}/v1/images/edits", json={"prompt": "q", "previous": "unknown"}, timeout=60)
+    assert (missing.status_code, missing.json()["error"]["param"]) == (404, "previous")
+
+
+def test_delete_ends_an_edit_whichever_replica_is_asked(address: str, photo: Photo) -> None:
+    before = stats(address)["diffusion"]["work"]
+    names = [f"edit-{i}" for i in range(8)]  # of two replicas: hardly will each delete reach the one that edits
+
+    def send(name: str, running: threading.Event) -> list[str]:
+        sent = {"prompt": "p", "expressive": "x", "steps": "1000", "stream": "true"}
+        headers = {"x-request-id": name}
+        with httpx2.stream(
+            "POST", f"{address}/v1/images/edits", data=sent, files={"image": photo()}, headers=headers, timeout=120
+        ) as response:
+            lines = []
+            for line in response.iter_lines():
+                lines.append(line)
+                if line.startswith(": step"):
+                    running.set()
+        return [line for line in lines if line]
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        running = [threading.Event() for _ in names]
+        edits = [pool.submit(send, name, event) for name, event in zip(names, running, strict=True)]
+        for name, event in zip(names, running, strict=True):
+            assert event.wait(120)
+            assert httpx2.delete(f"{address}/v1/images/edits/{name}", timeout=30).status_code == 204
+        for name, sent in zip(names, (edit.result() for edit in edits), strict=True):
+            assert sent[0] == f": id {name}"
+            assert json.loads(sent[-1].removeprefix("data: "))["error"]["code"] == "cancelled"
+            assert httpx2.delete(f"{address}/v1/images/edits/{name}", timeout=30).status_code == 404
+    after = wait_until_idle(address)
+    assert after["num_cancelled"] == before["num_cancelled"] + len(names)
+    assert after["max_steps_after_end"] <= 1
+
+
+def test_a_board_of_cancels_that_dies_harms_no_edit_and_is_replaced(address: str, photo: Photo) -> None:
+    boards = [p for p in psutil.Process().children(recursive=True) if "CancelBoard" in p.name() + str(p.cmdline())]
+    assert len(boards) == 1
+    with ThreadPoolExecutor(1) as pool:
+        edited = pool.submit(edit, address, photo(), "p", steps=60)
+        boards[0].kill()
+        assert read_image(edited.result().data).size == (96, 64)
+    deadline = time.monotonic() + 120
+    while (answer := httpx2.delete(f"{address}/v1/images/edits/no", timeout=30)).status_code == 503:
+        assert answer.json()["error"]["code"] in {"board_unavailable", "stage_unavailable"}
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert answer.status_code == 404
+
+
 def test_a_replica_killed_under_an_edit_is_replaced_and_the_edit_answered(
     address: str, photo: Photo, record_property: Callable[[str, object], None]
 ) -> None:
@@ -215,7 +292,8 @@ def test_a_replica_killed_under_an_edit_is_replaced_and_the_edit_answered(
     for stage in ("diffusion", "mllm"):
         prompt, steps, num_edits = ("p", 200, 1) if stage == "diffusion" else (LONG, 1, 8)
         with ThreadPoolExecutor(num_edits) as pool:
-            answers = [pool.submit(edit, address, photo(), prompt, seed=3, steps=steps) for _ in range(num_edits)]
+            photos = [photo(seed=i) for i in range(num_edits)]  # equal edits would be derived once
+            answers = [pool.submit(edit, address, image, prompt, seed=3, steps=steps) for image in photos]
             pid = wait_until_running(address, stage)
             os.kill(pid, signal.SIGKILL)
             killed = time.monotonic()
@@ -226,6 +304,15 @@ def test_a_replica_killed_under_an_edit_is_replaced_and_the_edit_answered(
         assert stats(address)[stage]["pid"] != pid
         if stage == "diffusion":
             assert edited[0].data == undisturbed[stage].data
+
+
+def wait_until_idle(address: str) -> dict[str, Any]:
+    """Figures of the diffusion stage as soon as it holds no edit, or after ten seconds."""
+    deadline = time.monotonic() + 10
+    while (work := stats(address)["diffusion"]["work"])["num_in_flight"] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    figures: dict[str, Any] = work
+    return figures
 
 
 def wait_until_running(address: str, stage: str) -> int:
@@ -293,10 +380,10 @@ def test_many_step_edits_scale_the_diffusion_stage_alone(
 def test_long_instructions_scale_the_mllm_stage_alone(
     autoscaled: Redeployed, photo: Photo, record_property: Callable[[str, object], None]
 ) -> None:
-    image = photo(64, 64)
+    image, numbers = photo(64, 64), itertools.count()
 
     def load() -> None:
-        edit(autoscaled.address, image, LONG, steps=1)
+        edit(autoscaled.address, image, f"{next(numbers)} {LONG}", steps=1)  # equal edits would be derived once
 
     timeline = scale_up_and_down(autoscaled.address, load, "MLLMStage", num_clients=12)
     record_property("timeline_long_instructions", str(timeline))
@@ -323,6 +410,39 @@ def test_an_edit_past_its_deadline_leaves_the_engine(address: str, photo: Photo)
     # Two edits, although the client would have retried both twice.
     assert work["num_cancelled"] + work["num_overdue"] == 2
     assert (work["num_done"], work["num_in_flight"], work["num_waiting"]) == (0, 0, 0)
+
+
+def test_two_bundles_are_served_each_by_the_replicas_that_have_it_in_memory(
+    address: str, photo: Photo, tiny_bundle: Path, renamed_bundle: Path
+) -> None:
+    serve.delete("mgie")
+    args = ONE_REPLICA.model_copy(
+        update={"bundle": str(tiny_bundle), "bundles": (str(renamed_bundle),), "max_loaded": 1}
+        | {f"{stage}_{bound}_replicas": 2 for stage in ("mllm", "diffusion") for bound in ("min", "max")}
+    )
+    serve.run(app(args), name="mgie")
+    models = httpx2.get(f"{address}/v1/models", timeout=30).json()["data"]
+    names = [model["id"] for model in models]
+    assert names[1] == "renamed"
+
+    def send(number: int) -> Edited:
+        return edit(address, photo(seed=number), "p", model=names[number % 2], seed=1, steps=2)
+
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(send, range(18)))
+    for number, edited in enumerate(together):
+        assert edited.details["model"] == names[number % 2]
+        assert edited.details["bundle"] == models[number % 2]["mgie"]["bundle"]
+    for number in range(4):  # each replica now gets a bundle of its own
+        send(number)
+        time.sleep(1)
+    alone = [send(number) for number in range(12)]
+    for stage in ("mllm", "diffusion"):
+        first, second = ({one.details[stage]["replica"] for one in alone[number::2]} for number in (0, 1))
+        assert len(first) == len(second) == 1
+        assert first != second
+    for one, other in zip(together, alone, strict=False):
+        assert np.abs(one.pixels - other.pixels).max() <= 2
 
 
 def scale_up_and_down(

@@ -25,6 +25,7 @@ from mgie.errors import (
     PromptError,
 )
 from mgie.images import plan_framing, read_image, read_metadata
+from serving.model_pool import ModelUnavailableError
 from serving.stages import Derived, DiffusionStage, MLLMStage, RenderedEdit, RenderOptions
 
 Photo = Callable[..., bytes]
@@ -65,7 +66,8 @@ def test_an_edit_through_the_stages_equals_the_editor(
 def test_concurrent_edits_of_mixed_sizes_equal_those_sent_alone_and_no_batch_mixes_sizes(
     tiny_bundle: Path, photo: Photo
 ) -> None:
-    mllm, diffusion = MLLMStage(str(tiny_bundle), device="cpu"), DiffusionStage(str(tiny_bundle), device="cpu")
+    mllm = MLLMStage(str(tiny_bundle), device="cpu", cache_bytes=0)
+    diffusion = DiffusionStage(str(tiny_bundle), device="cpu")
     calls = [(photo(*SHAPES[i % 3], seed=i), f"make it {'very ' * (i % 4)}dark", i) for i in range(12)]
 
     async def together() -> list[tuple[Derived, RenderedEdit]]:
@@ -96,7 +98,7 @@ def test_given_and_generated_texts_do_not_share_a_batch(tiny_bundle: Path, photo
 
     async def main() -> list[Derived]:
         texts = [None, "a dark sky"] * 4
-        return await asyncio.gather(*(stage.derive(photo(), "p", text) for text in texts))
+        return await asyncio.gather(*(stage.derive(photo(seed=i), "p", text) for i, text in enumerate(texts)))
 
     derived = asyncio.run(main())
     assert [d.guidance.expressive for d in derived[1::2]] == ["a dark sky"] * 4
@@ -214,7 +216,7 @@ def test_a_cancelled_or_overdue_edit_leaves_the_engine_within_a_step(
     mllm: MLLMStage, tiny_bundle: Path, photo: Photo
 ) -> None:
     stage = DiffusionStage(str(tiny_bundle), device="cpu")
-    engine = stage._worker
+    [engine] = [one.engine for one in stage._pool.models().values()]
 
     async def main() -> None:
         derived = await mllm.derive(photo(), "p")
@@ -241,17 +243,18 @@ def test_a_cancelled_or_overdue_edit_leaves_the_engine_within_a_step(
 def test_guidance_whose_time_has_run_out_is_not_derived(tiny_bundle: Path, photo: Photo) -> None:
     stage = MLLMStage(str(tiny_bundle), device="cpu")
     may_go_on = threading.Event()
-    derive = stage._conditioner.derive
-    stage._conditioner.derive = lambda requests: may_go_on.wait(10) and derive(requests)
+    [conditioner] = stage._pool.models().values()
+    derive = conditioner.derive
+    conditioner.derive = lambda requests, **given: may_go_on.wait(10) and derive(requests, **given)
 
     async def main() -> None:
         first = asyncio.create_task(stage.derive(photo(), "p"))
         await until(lambda: stage._worker.stats().num_running == 1)
         with pytest.raises(DeadlineError, match=r"0\.2 s"):
-            await stage.derive(photo(), "p", timeout_s=0.2)
+            await stage.derive(photo(), "q", timeout_s=0.2)
         may_go_on.set()
         await first
-        await stage.derive(photo(), "p")
+        await stage.derive(photo(), "q")
 
     asyncio.run(main())
     stats = stage._worker.stats()
@@ -291,14 +294,174 @@ def test_the_number_of_threads_is_fixed_where_the_model_runs(tiny_bundle: Path, 
     before = torch.get_num_threads()
     stage = MLLMStage(str(tiny_bundle), device="cpu", num_threads=2)
     seen = []
-    derive = stage._conditioner.derive
+    [conditioner] = stage._pool.models().values()
+    derive = conditioner.derive
 
-    def record(*args: object) -> object:
+    def record(*args: object, **given: object) -> object:
         seen.append(torch.get_num_threads())
-        return derive(*args)
+        return derive(*args, **given)
 
-    stage._conditioner.derive = record
+    conditioner.derive = record
     asyncio.run(stage.derive(photo(), "p"))
     stage.close()
     torch.set_num_threads(before)
     assert seen == [2]
+
+
+def test_an_edit_asked_for_again_takes_its_guidance_from_the_cache(tiny_bundle: Path, photo: Photo) -> None:
+    stage = MLLMStage(str(tiny_bundle), device="cpu")
+
+    async def main() -> list[Derived]:
+        one = await stage.derive(photo(), "p")
+        calls = ((photo(), "p"), (photo(), "q"), (photo(seed=1), "p"), (photo(), "p", "given"), (photo(), "p", "given"))
+        return [
+            one,
+            *[await stage.derive(*call) for call in calls],
+            await stage.derive(photo(), "p", deterministic=True),
+        ]
+
+    one, again, *others = asyncio.run(main())
+    assert again.run is None
+    assert torch.equal(one.guidance.condition, again.guidance.condition)
+    assert all(other.run is not None for other in others)
+    cache = asyncio.run(stage.stats()).cache
+    assert cache is not None
+    assert (cache.num_hits, cache.num_misses, cache.num_entries) == (1, 4, 4)  # a given text is not looked for
+    stage.close()
+
+
+def test_edits_that_run_together_are_derived_once_where_they_are_equal(mllm: MLLMStage, photo: Photo) -> None:
+    async def main() -> list[Derived]:
+        return await asyncio.gather(*(mllm.derive(photo(seed=7), "equal") for _ in range(3)))
+
+    derived = asyncio.run(main())
+    assert sorted(one.run is None for one in derived) == [False, True, True]
+    assert torch.equal(derived[0].guidance.condition, derived[2].guidance.condition)
+
+
+def test_prompts_of_one_length_share_a_batch_and_a_deterministic_edit_has_its_own(
+    tiny_bundle: Path, photo: Photo
+) -> None:
+    stage = MLLMStage(str(tiny_bundle), device="cpu", cache_bytes=0)
+
+    async def main() -> list[Derived]:
+        return await asyncio.gather(
+            *(stage.derive(photo(seed=i), "make it dark" + " very" * 80 * (i % 2)) for i in range(6)),
+            *(stage.derive(photo(seed=i), "make it dark", deterministic=True) for i in range(6, 8)),
+        )
+
+    derived = asyncio.run(main())
+    keys = stage.recent_batches()
+    assert all(len(set(batch)) == 1 for batch in keys)
+    assert max(map(len, keys)) > 1
+    assert {one.run.batch_size for one in derived[6:] if one.run} == {1}
+    stage.close()
+
+
+@pytest.mark.parametrize("ends", ["cancel", "deadline"])
+def test_a_derivation_that_nobody_waits_for_leaves_its_batch_within_a_token(
+    tiny_bundle: Path, photo: Photo, ends: str
+) -> None:
+    stage = MLLMStage(str(tiny_bundle), device="cpu", cache_bytes=0)
+    [conditioner] = stage._pool.models().values()
+    rows: list[int] = []
+    gone = threading.Event()
+    model = conditioner._mllm.llm.model
+
+    def record(module: object, args: object, output: object) -> None:
+        rows.append(len(output.last_hidden_state))
+        if len(rows) == 5 and max(rows) == 3:
+            gone.wait(10)  # a pass is running while the caller goes
+
+    hook = model.register_forward_hook(record)
+
+    async def main() -> tuple[list[Derived], list[Derived]]:
+        blocker = asyncio.create_task(stage.derive(photo(seed=9), "first", "given"))
+        await asyncio.sleep(0)
+        timeout_s = 1.0 if ends == "deadline" else None
+        tasks = [asyncio.create_task(stage.derive(photo(seed=i), f"edit {i}")) for i in (0, 1)]
+        leaver = asyncio.create_task(stage.derive(photo(seed=2), "edit 2", timeout_s=timeout_s))
+        await blocker
+        await until(lambda: len(rows) >= 5)
+        if ends == "cancel":
+            leaver.cancel()
+        with pytest.raises(asyncio.CancelledError if ends == "cancel" else DeadlineError):
+            await leaver
+        num_running = stage._worker.stats().num_running
+        gone.set()
+        together = await asyncio.gather(*tasks)
+        assert num_running == 2
+        hook.remove()
+        return together, [await stage.derive(photo(seed=i), f"edit {i}") for i in (0, 1)]
+
+    together, alone = asyncio.run(main())
+    start = rows.index(3)
+    assert rows[start : start + 4] == [3, 3, 3, 3]
+    assert set(rows[start + 4 :]) <= {1, 2}
+    for one, other in zip(together, alone, strict=True):
+        assert one.guidance.expressive == other.guidance.expressive
+        assert torch.allclose(one.guidance.condition, other.guidance.condition, atol=1e-4)
+    assert asyncio.run(stage.stats()).work.num_cancelled == 1
+    stage.close()
+
+
+@pytest.mark.parametrize("max_loaded", [1, 2])
+def test_two_bundles_under_alternating_load_equal_each_served_alone(
+    tiny_bundle: Path, renamed_bundle: Path, photo: Photo, max_loaded: int
+) -> None:
+    given = {"device": "cpu", "max_loaded": max_loaded}
+    mllm = MLLMStage(str(tiny_bundle), [str(renamed_bundle)], cache_bytes=0, **given)
+    diffusion = DiffusionStage(str(tiny_bundle), [str(renamed_bundle)], **given)
+    names = [info.name for info in asyncio.run(mllm.models())]
+    assert names == [info.name for info in asyncio.run(diffusion.models())]
+    assert names[1] == "renamed"
+
+    async def edited(i: int) -> RenderedEdit:
+        model = names[i % 2]
+        derived = await mllm.derive(photo(seed=i), "p", model=model)
+        options = RenderOptions(model=model, overrides={"steps": 3}, seed=i, deterministic=True)
+        return await diffusion.render(photo(seed=i), derived, options)
+
+    async def main() -> list[RenderedEdit]:
+        return await asyncio.gather(*map(edited, range(6)))
+
+    together = asyncio.run(main())
+    for i in (0, 2, 4, 1, 3, 5):
+        info = asyncio.run(diffusion.models())[i % 2]
+        assert read_metadata(together[i].images[0])["bundle"] == info.identity
+        assert np.abs(pixels(together[i]) - pixels(asyncio.run(edited(i)))).max() <= 2
+    for stage in (mllm, diffusion):
+        stats = asyncio.run(stage.stats())
+        assert len(stats.loaded) == max_loaded
+        stage.check_health()
+    work = asyncio.run(diffusion.stats()).work
+    assert (work.num_done, work.num_in_flight, work.num_failed) == (12, 0, 0)  # those of closed engines count
+    mllm.close()
+    diffusion.close()
+
+
+def test_a_bundle_that_cannot_be_loaded_fails_its_own_edits_by_name(
+    tiny_bundle: Path, renamed_bundle: Path, tmp_path: Path, photo: Photo
+) -> None:
+    shutil.copytree(renamed_bundle, tmp_path / "broken")
+    shutil.rmtree(tmp_path / "broken" / "llm")
+    stage = MLLMStage(str(tiny_bundle), [str(tmp_path / "broken")], device="cpu")
+
+    async def main() -> None:
+        good, bad = await asyncio.gather(
+            stage.derive(photo(), "p"), stage.derive(photo(), "p", model="renamed"), return_exceptions=True
+        )
+        assert isinstance(good, Derived)
+        assert isinstance(bad, ModelUnavailableError)
+        assert "model 'renamed' cannot be loaded" in str(bad)
+        with pytest.raises(ConfigError, match="model is 'other'; it must be one of"):
+            await stage.derive(photo(), "p", model="other")
+
+    asyncio.run(main())
+    stage.check_health()
+    stage.close()
+
+
+def test_bundles_of_one_name_are_refused(tiny_bundle: Path) -> None:
+    with pytest.raises(BundleError, match="names must differ"):
+        MLLMStage(str(tiny_bundle), [str(tiny_bundle)], device="cpu")

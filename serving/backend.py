@@ -1,0 +1,158 @@
+"""What edits, as the HTTP side sees it: a protocol, and both stages in one process.
+
+`app.py` makes another of deployment handles. Knows neither HTTP nor Ray.
+"""
+
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Protocol
+
+from mgie.errors import MGIEError
+from mgie.handle import Stepped
+from serving.schema import EditCall
+from serving.stages import (
+    BundleInfo,
+    Derived,
+    DiffusionStage,
+    MLLMStage,
+    Partial,
+    RenderedEdit,
+    RenderOptions,
+    StageStats,
+)
+
+
+READY_TIMEOUT_S = 5.0  # a stage that does not answer a question about itself within this is not ready
+
+
+class StageUnavailableError(MGIEError):
+    """A stage has no replica that answers, or lost them faster than the call could be retried."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditOutcome:
+    """What an `EditBackend` returns."""
+
+    derived: Derived
+    rendered: RenderedEdit
+    retries: Mapping[str, int] = field(default_factory=dict)
+    "by stage: calls repeated because a replica died"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceStats:
+    """Figures for operators and load tests."""
+
+    mllm: StageStats | None
+    "of the one replica that answered; None: none did in time"
+    diffusion: StageStats | None
+    replicas: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    "by deployment: number of replicas by state"
+
+
+EditEvent = Derived | Stepped | Partial | EditOutcome
+
+
+class EditBackend(Protocol):
+    """Anything that can edit."""
+
+    async def edit(self, call: EditCall) -> EditOutcome:
+        """Runs both stages. Cancelling it frees what it holds.
+
+        Raises:
+            MGIEError: See the table in `answers.py`.
+        """
+        ...
+
+    def stream(self, call: EditCall) -> AsyncGenerator[EditEvent, None]:
+        """The same step by step: `Derived` first, `EditOutcome` last. Closing it frees what it holds."""
+        ...
+
+    async def models(self) -> tuple[BundleInfo, ...]:
+        """The served bundles, as both stages report them, the default first.
+
+        Raises:
+            StageUnavailableError: A stage does not answer, or they serve different bundles.
+        """
+        ...
+
+    async def stats(self) -> ServiceStats:
+        """Current figures."""
+        ...
+
+
+class InProcessBackend:
+    """Both stages in this process: for tests and benchmarks."""
+
+    def __init__(self, mllm: MLLMStage, diffusion: DiffusionStage) -> None:
+        self._mllm = mllm
+        self._diffusion = diffusion
+
+    async def edit(self, call: EditCall) -> EditOutcome:
+        """See `EditBackend`."""
+        derived = await self._derive(call)
+        rendered = await self._diffusion.render(call.image, derived, render_options(call), timeout_s=seconds_left(call))
+        return EditOutcome(derived=derived, rendered=rendered)
+
+    async def stream(self, call: EditCall) -> AsyncGenerator[EditEvent, None]:
+        """See `EditBackend`."""
+        derived = await self._derive(call)
+        yield derived
+        events = self._diffusion.render_stream(call.image, derived, render_options(call), timeout_s=seconds_left(call))
+        async with contextlib.aclosing(events):
+            async for event in events:
+                yield EditOutcome(derived=derived, rendered=event) if isinstance(event, RenderedEdit) else event
+
+    async def _derive(self, call: EditCall) -> Derived:
+        return await self._mllm.derive(
+            call.image,
+            call.instruction,
+            call.expressive,
+            model=call.model,
+            deterministic=call.deterministic,
+            timeout_s=seconds_left(call),
+        )
+
+    async def models(self) -> tuple[BundleInfo, ...]:
+        """See `EditBackend`."""
+        return same_bundles(await self._mllm.models(), await self._diffusion.models())
+
+    async def stats(self) -> ServiceStats:
+        """See `EditBackend`."""
+        return ServiceStats(mllm=await self._mllm.stats(), diffusion=await self._diffusion.stats())
+
+
+def render_options(call: EditCall) -> RenderOptions:
+    """What the diffusion stage is asked for."""
+    return RenderOptions(
+        model=call.model,
+        seed=call.seed,
+        overrides=call.overrides,
+        n=call.n,
+        mask=call.mask,
+        deterministic=call.deterministic,
+        num_partials=call.num_partials,
+        output_format=call.output_format,
+        output_quality=call.output_quality,
+        output_wh=call.output_wh,
+        keeps_lossless=call.keeps_lossless,
+    )
+
+
+def seconds_left(call: EditCall) -> float:
+    """Until its deadline. Clocks of machines differ: stages are told how long they have, not until when."""
+    return call.deadline - time.monotonic()
+
+
+def same_bundles(mllm: Sequence[BundleInfo], diffusion: Sequence[BundleInfo]) -> tuple[BundleInfo, ...]:
+    """Raises StageUnavailableError unless both stages serve the same bundles, as they do not during a roll-out."""
+    for of_mllm, of_diffusion in zip_longest(mllm, diffusion):
+        if of_mllm != of_diffusion:
+            first, second = (f"{info.name} {info.identity}" if info else "none" for info in (of_mllm, of_diffusion))
+            raise StageUnavailableError(
+                f"the MLLM stage serves bundle {first} and the diffusion stage {second}; they must match"
+            )
+    return tuple(diffusion)

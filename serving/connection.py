@@ -1,0 +1,114 @@
+"""A client's connection: what holds for every request on it, and that nobody works for a client who has gone."""
+
+import asyncio
+import logging
+import math
+import re
+import uuid
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from fastapi import Request
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.answers import answer_error
+from serving.bodies import JSON_TYPE
+from serving.schema import BodyTooLargeError
+
+T = TypeVar("T")
+
+BASE64_RATIO = 4 / 3
+
+logger = logging.getLogger("serving.connection")
+
+
+class BoundaryMiddleware:
+    """What holds for every request: a limit on its body, an id, and no exception that leaves the application.
+
+    Args:
+        app: The application inside.
+        max_body_bytes: Checked against Content-Length at once, and against what is really read; a JSON body may have
+            a third more, which base64 takes.
+        adds_request_id: False behind Ray Serve's proxy, which adds the header itself.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int, adds_request_id: bool) -> None:
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+        self._adds_request_id = adds_request_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        is_usable = (given != "" and not self._adds_request_id) or re.fullmatch(r"[\w.-]{1,128}", given, re.ASCII)
+        request_id = given if is_usable else str(uuid.uuid4())
+        scope.setdefault("state", {})["request_id"] = request_id
+        is_json = headers.get("content-type", "").startswith(JSON_TYPE)
+        max_bytes = math.ceil(self._max_body_bytes * BASE64_RATIO) if is_json else self._max_body_bytes
+        num_read = 0
+        has_started = False
+
+        async def limited_receive() -> Message:
+            nonlocal num_read
+            message = await receive()
+            num_read += len(message.get("body", b""))
+            if num_read > max_bytes:
+                raise _too_large(num_read, max_bytes)
+            return message
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal has_started
+            if message["type"] == "http.response.start":
+                has_started = True
+                if self._adds_request_id:
+                    MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        announced = headers.get("content-length", "")
+        if announced.isdigit() and int(announced) > max_bytes:
+            await answer_error(_too_large(int(announced), max_bytes), request_id)(scope, receive, send_with_id)
+            return
+        try:
+            await self._app(scope, limited_receive, send_with_id)
+        except ClientDisconnect:
+            logger.info("the client of request %s went away", request_id)
+        except Exception as error:  # the last line of defence: a client gets JSON, never a traceback
+            if has_started:
+                raise
+            await answer_error(error, request_id)(scope, receive, send_with_id)
+
+
+def _too_large(num_bytes: int, max_bytes: int) -> BodyTooLargeError:
+    return BodyTooLargeError(f"the body is {num_bytes} bytes or more; at most {max_bytes} are allowed")
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Awaits the work, and cancels it as soon as the client has gone away.
+
+    Ray Serve does that too, but a client can switch it off by a header.
+
+    Raises:
+        ClientDisconnect: The client has gone.
+        Exception: What the work raises.
+    """
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, watch = asyncio.create_task(work), asyncio.create_task(gone())
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        watch.cancel()
+        task.cancel()
+        await asyncio.wait((task, watch))

@@ -1,0 +1,220 @@
+"""One edit from its checked form to its result: which photo, which model, what size, what is kept, who may end it.
+
+Knows nothing of HTTP.
+"""
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+
+from mgie.config import ImageLimits
+from mgie.errors import ImageTooLargeError
+from mgie.images import read_image
+from serving.backend import EditBackend, EditEvent, EditOutcome
+from serving.cancels import Board, RunningEdits
+from serving.kept import KeptResults
+from serving.schema import (
+    MAX_SIDE_PX,
+    MIN_SIDE_PX,
+    EditCall,
+    EditForm,
+    RequestError,
+    UnknownModelError,
+    edit_call,
+    shown,
+)
+from serving.stages import BundleInfo
+
+
+@dataclass(frozen=True, kw_only=True)
+class AcceptedEdit:
+    """An edit that can begin."""
+
+    id: str
+    call: EditCall
+    bundle: BundleInfo
+    base_url: str | None
+    "of this service, where the results are to be addresses; None: they are to be the files themselves"
+    started_s: float
+    "when the request began, by time.monotonic()"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeliveredEdit:
+    """An edit that is done, and its results kept if they were to be."""
+
+    outcome: EditOutcome
+    urls: Sequence[str] = ()
+    "of the results, if addresses were asked for"
+    kept_until: int | None = None
+    "Unix time; None: the results were not kept"
+
+
+class EditService:
+    """Takes edits on.
+
+    Args:
+        backend: What edits.
+        limits: Of the photo and of the result.
+        kept: Where results are kept; None: none are.
+        board: Reaches the edits of other replicas of the ingress; None: there are none.
+    """
+
+    def __init__(
+        self, backend: EditBackend, *, limits: ImageLimits, kept: KeptResults | None = None, board: Board | None = None
+    ) -> None:
+        self._backend, self._limits, self._kept = backend, limits, kept
+        self._models: tuple[BundleInfo, ...] = ()
+        self.running = RunningEdits(board)
+
+    async def models(self) -> tuple[BundleInfo, ...]:
+        """The served bundles, asked for once: they cannot change under a running application."""
+        if not self._models:
+            self._models = await self._backend.models()
+        return self._models
+
+    async def accept(
+        self, form: EditForm, *, edit_id: str, base_url: str, started_s: float, deadline: float
+    ) -> AcceptedEdit:
+        """What is to be done for a form.
+
+        Args:
+            edit_id: Names the edit from now on.
+            base_url: Of this service, as the client reaches it.
+            started_s, deadline: By `time.monotonic()`.
+
+        Raises:
+            UnknownModelError: No bundle has that name; UnknownPreviousError: there is no such result.
+            RequestError: The size does not fit the photo, or nothing is kept here.
+            ImageError: The photo cannot be edited; found here only where its size matters.
+            MGIEError: The stages or the store are in trouble.
+        """
+        bundle = named_bundle(await self.models(), form.model)
+        wants_urls = form.response_format == "url"
+        if self._kept is None:
+            asked = {"response_format": wants_urls, "keep": form.keep, "previous": form.previous}
+            for name, is_asked in asked.items():
+                if is_asked:
+                    value = shown(getattr(form, name))
+                    message = f"{name} is {value}; this service keeps no results"
+                    raise RequestError(message, param=name, code="unsupported_value")
+        image = await self._source(form)
+        keeps_all = self._kept is not None and self._kept.keeps_all
+        return AcceptedEdit(
+            id=edit_id,
+            call=edit_call(
+                form,
+                model=bundle.name,
+                image=image,
+                output_wh=await self._output_wh(form, image, bundle),
+                keeps_lossless=wants_urls or (keeps_all if form.keep is None else form.keep),
+                deadline=deadline,
+            ),
+            bundle=bundle,
+            base_url=base_url if wants_urls else None,
+            started_s=started_s,
+        )
+
+    async def edit(self, accepted: AcceptedEdit) -> DeliveredEdit:
+        """Edits, and keeps what is to be kept. Raises MGIEError: see the table in `answers.py`."""
+        return await self._delivered(accepted, await self._backend.edit(accepted.call))
+
+    async def stream(self, accepted: AcceptedEdit) -> AsyncGenerator[EditEvent | DeliveredEdit, None]:
+        """The same step by step; `DeliveredEdit` is last."""
+        async with contextlib.aclosing(self._backend.stream(accepted.call)) as events:
+            async for event in events:
+                yield await self._delivered(accepted, event) if isinstance(event, EditOutcome) else event
+
+    @contextlib.asynccontextmanager
+    async def at_work(self) -> AsyncIterator[None]:
+        """Meanwhile what has expired is deleted, and edits are called off that other replicas are asked to."""
+        chores = [asyncio.create_task(self.running.listen())]
+        if self._kept is not None:
+            chores.append(asyncio.create_task(self._kept.sweep()))
+        try:
+            yield
+        finally:
+            for chore in chores:
+                chore.cancel()
+            await asyncio.wait(chores)
+
+    async def _source(self, form: EditForm) -> bytes:
+        if form.image is not None:
+            # Here, because the stages also get results that were kept, which are larger files than photos are.
+            if len(form.image) > self._limits.max_bytes:
+                allowed = f"at most {self._limits.max_bytes} are allowed"
+                raise ImageTooLargeError(f"image is {len(form.image)} bytes; {allowed}", param="image")
+            return form.image
+        assert form.previous is not None  # the form was checked
+        assert self._kept is not None
+        return await self._kept.previous(form.previous)
+
+    async def _output_wh(self, form: EditForm, image: bytes, bundle: BundleInfo) -> tuple[int, int] | None:
+        if form.size == "auto":
+            return None
+        limits = replace(self._limits, max_bytes=sys.maxsize)  # they were counted
+        own_wh = (await asyncio.to_thread(read_image, image, limits=limits)).size
+        if bundle.defaults["square_crop"] if form.square_crop is None else form.square_crop:
+            own_wh = (min(own_wh), min(own_wh))
+        width, height = (int(side) for side in form.size.split("x"))
+        check_output_size((width, height), own_wh, max_pixels=self._limits.max_pixels, has_mask=form.mask is not None)
+        return None if (width, height) == own_wh else (width, height)
+
+    async def _delivered(self, accepted: AcceptedEdit, outcome: EditOutcome) -> DeliveredEdit:
+        if not accepted.call.keeps_lossless:
+            return DeliveredEdit(outcome=outcome)
+        assert self._kept is not None
+        kept = await self._kept.keep(accepted.id, accepted.call, outcome)
+        base_url = accepted.base_url
+        urls = [] if base_url is None else [self._kept.url(file, base_url) for file in kept.files]
+        return DeliveredEdit(outcome=outcome, urls=urls, kept_until=kept.expires_s)
+
+
+def named_bundle(bundles: Sequence[BundleInfo], name: str | None) -> BundleInfo:
+    """The one that an edit asks for; without a name the default, which is the first.
+
+    Raises:
+        UnknownModelError: None has that name.
+    """
+    for bundle in bundles:
+        if name in {None, bundle.name}:
+            return bundle
+    known = ", ".join(repr(bundle.name) for bundle in bundles)
+    raise UnknownModelError(f"model is {shown(name)}; this service has {known}", param="model")
+
+
+def check_output_size(wh: tuple[int, int], own_wh: tuple[int, int], *, max_pixels: int, has_mask: bool) -> None:
+    """Whether a result of size `own_wh` may be scaled to `wh`.
+
+    Its aspect ratio must stay: one side must follow from the other within a pixel of rounding. With a mask nothing is
+    scaled, since no pixel outside would stay as it is.
+
+    Raises:
+        RequestError: It may not; the message has an example that may.
+    """
+    (width, height), (own_width, own_height) = wh, own_wh
+    own = f"{own_width}x{own_height}"
+    if width * height > max_pixels:
+        raise RequestError(
+            f"size is {width}x{height} = {width * height} pixels; at most {max_pixels} are allowed", param="size"
+        )
+    if has_mask and wh != own_wh:
+        message = f"size is {width}x{height}, but with a mask it must be the photo's own, {own}, or auto"
+        raise RequestError(message, param="size")
+    # |width - height x own_width / own_height| <= 1, or the same with the sides swapped.
+    if abs(width * own_height - height * own_width) > max(own_wh):
+        fitting = [
+            f"{w}x{h}"
+            for w, h in (
+                (width, round(width * own_height / own_width)),
+                (round(height * own_width / own_height), height),
+            )
+            if min(w, h) >= MIN_SIDE_PX and max(w, h) <= MAX_SIDE_PX and w * h <= max_pixels
+        ]
+        raise RequestError(
+            f"size is {width}x{height}, but the photo is {own} and keeps its aspect ratio: "
+            + (f"auto, or e.g. {fitting[0]}" if fitting else "auto"),
+            param="size",
+        )

@@ -1,0 +1,138 @@
+"""Results that outlive their request, found again by the id of their edit.
+
+Of each result lies a lossless PNG in the artifact store, from which the next turn goes on, and beside it the file that
+the client asked for, where that is another one. Any replica finds them. Knows nothing of HTTP.
+"""
+
+import asyncio
+import hashlib
+import logging
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from serving.artifacts import Artifact, ArtifactMissingError, ArtifactStore, EditFacts
+from serving.backend import EditOutcome
+from serving.blobs import StoreError
+from serving.schema import EditCall, UnknownPreviousError, shown
+
+logger = logging.getLogger("serving.kept")
+
+SWEEP_EVERY_S = 60.0
+MAX_SWEPT = 1000  # files in one go
+
+_PREVIOUS = re.compile(r"(.*?)(?::(\d{1,2}))?", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What was kept of one edit."""
+
+    files: Sequence[str]
+    "ids of the artifacts that hold the results as the client asked for them, in the order of their seeds"
+    expires_s: int
+    "Unix time"
+
+
+class KeptResults:
+    """Keeps results in a store.
+
+    Args:
+        store: Where they lie.
+        keeps_all: Keep also what nobody asks to keep.
+    """
+
+    def __init__(self, store: ArtifactStore, *, keeps_all: bool = False) -> None:
+        self._store = store
+        self.keeps_all = keeps_all
+
+    async def keep(self, edit_id: str, call: EditCall, outcome: EditOutcome) -> Kept:
+        """Keeps the results of an edit whose call has `keeps_lossless`; a repeated id stands for its last edit.
+
+        Raises:
+            StoreError: The store is in trouble.
+        """
+        return await asyncio.to_thread(self._keep, edit_id, call, outcome)
+
+    async def previous(self, name: str) -> bytes:
+        """The PNG of an earlier result.
+
+        Args:
+            name: Id of its edit; `id:1` is the second of several results.
+
+        Raises:
+            UnknownPreviousError: It was not kept, or is not there any more.
+            StoreError: The store is in trouble.
+        """
+        return await asyncio.to_thread(self._previous, name)
+
+    async def read(self, artifact_id: str) -> tuple[Artifact, bytes]:
+        """A file and its record.
+
+        Raises:
+            ArtifactMissingError: There is none (any more).
+            StoreError: The store is in trouble.
+        """
+        return await asyncio.to_thread(self._store.read, artifact_id)
+
+    def url(self, artifact_id: str, base_url: str) -> str:
+        """An address of a file, that works until it expires; arguments as those of `ArtifactStore.url`."""
+        return self._store.url(artifact_id, base_url)
+
+    async def sweep(self) -> None:
+        """Deletes what has expired, again and again; never returns."""
+        while True:
+            await asyncio.sleep(SWEEP_EVERY_S * random.uniform(0.5, 1.5))  # noqa: S311  so that replicas take turns
+            try:
+                while await asyncio.to_thread(self._store.sweep, MAX_SWEPT) >= MAX_SWEPT:
+                    pass
+            except StoreError as error:
+                logger.warning("expired results could not be deleted: %s", error)
+
+    def _keep(self, edit_id: str, call: EditCall, outcome: EditOutcome) -> Kept:
+        rendered, guidance = outcome.rendered, outcome.derived.guidance
+        files, lossless, expiries_s = [], [], []
+        for i, (image, png) in enumerate(zip(rendered.images, rendered.lossless, strict=True)):
+            facts = EditFacts(
+                seed=call.seed + i,
+                settings=asdict(rendered.settings),
+                expressive=guidance.expressive,
+                bundle=guidance.bundle,
+                source=None,
+            )
+            # Of a PNG both are the same.
+            contents = {"image/png": png, f"image/{call.output_format}": image}
+            for content_type, data in contents.items():
+                artifact = self._store.put(
+                    data, content_type=content_type, width=rendered.width, height=rendered.height, edit=facts
+                )
+                expiries_s.append(artifact.expires_s)
+                if content_type == "image/png":
+                    lossless.append(artifact.id)
+            files.append(artifact.id)
+        name = _document_name(edit_id)
+        if self._store.create("edit", name, {"results": lossless}) is None:
+            old = self._store.find("edit", name)
+            if old is None or self._store.replace(old, {"results": lossless}) is None:
+                logger.warning("two edits with the same id were kept at once; one of them cannot be found by it")
+        return Kept(files=files, expires_s=min(expiries_s))
+
+    def _previous(self, name: str) -> bytes:
+        match = _PREVIOUS.fullmatch(name)
+        assert match is not None  # the pattern takes anything
+        document = self._store.find("edit", _document_name(match[1]))
+        number = int(match[2] or 0)
+        results = document.content["results"] if document else ()
+        try:
+            if number < len(results):
+                return self._store.read(results[number])[1]
+        except ArtifactMissingError:  # expired a moment before the document
+            pass
+        raise UnknownPreviousError(
+            f"previous is {shown(name)}; no such result was kept, or it has expired", param="previous"
+        )
+
+
+def _document_name(edit_id: str) -> str:
+    return hashlib.sha256(edit_id.encode()).hexdigest()
