@@ -18,8 +18,7 @@ from huggingface_hub import snapshot_download
 from mgie.checkpoint import CONFIG_FILE, Bundle, hash_file
 from mgie.config import FileEntry
 from mgie.errors import BundleError
-from mgie.tiny import ensure_bundle
-from mgie.tiny.recipe import EMBEDDED, cache_folder
+from mgie.tiny import EMBEDDED, cache_folder, ensure_bundle
 
 # What boto3 raises when a store or a name in it cannot be read.
 S3_ERRORS = (

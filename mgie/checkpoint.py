@@ -479,7 +479,7 @@ def parse_config(content: bytes) -> BundleConfig:
         # First: a later version may have fields that are unknown here.
         if (version := data.get("format_version", FORMAT_VERSION)) != FORMAT_VERSION:
             raise BundleError(f"{CONFIG_FILE} has format version {version!r:.80}; this program reads {FORMAT_VERSION}")
-        data["parts"] = tuple(data["parts"])
+        data |= {name: tuple(data[name]) for name in ("parts", "examples") if name in data}
         provenance = data["provenance"]
         data["provenance"] = Provenance(
             made_by=provenance["made_by"],

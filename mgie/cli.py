@@ -362,6 +362,7 @@ def _describe(bundle: Bundle) -> dict[str, str]:
         "conditioner": config.conditioner + ("" if config.sees_image else " (the LLM does not see the image)"),
         "parts": "\n".join(f"{part}  {size / 1e6:.1f} MB" for part, size in sizes.items()),
         "dimensions": "\n".join(f"{name}  {value}" for name, value in config.dimensions.items()),
+        "try": "\n".join(config.examples) or "-",
         "works at": f"{config.work_area_px} px of area, sides in multiples of {config.multiple_px}",
         "defaults": "\n".join(f"{name}  {value}" for name, value in dataclasses.asdict(config.defaults).items()),
         "made by": config.provenance.made_by,

@@ -165,6 +165,8 @@ class BundleConfig:
     "sampling defaults"
     generation: GenerationConfig = GenerationConfig()
     "text generation defaults"
+    examples: tuple[str, ...] = ()
+    "instructions that it can follow, for people who want to try it"
     files: Mapping[str, FileEntry] = field(default_factory=dict)
     "every other file of the bundle, by relative path"
     format_version: int = FORMAT_VERSION

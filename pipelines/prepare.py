@@ -206,7 +206,7 @@ def _folders(config: PrepareConfig) -> tuple[Folder, Folder]:
         if source.is_local and not Path(source.path).is_dir():
             raise ConfigError(f"input is {config.input!r}; there is no such folder", param="input")
         return source, open_folder(config.out, endpoint=config.endpoint)
-    from mgie.tiny.recipe import cache_folder
+    from mgie.tiny import cache_folder
     from mgie.tiny.sample import write_sample
 
     raw = cache_folder() / "sample" / "ipr2pr"

@@ -82,7 +82,7 @@ class SummarizeConfig:
     "address of an S3 store that is not Amazon's; default: AWS_ENDPOINT_URL"
     backend: BackendName = "bundle"
     "who describes: a bundle of ours, a LLaVA of transformers, or an OpenAI-compatible endpoint"
-    describe_model: str = "tiny"
+    describe_model: str = "tiny-llava"
     "bundle, hub id or folder, or the endpoint's name of the model"
     describe_revision: str | None = None
     "revision of a hub id"

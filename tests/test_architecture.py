@@ -255,7 +255,7 @@ def test_the_rule_sees_a_planted_violation(rule: Rule, tmp_path: Path) -> None:
         ("mgie/config.py", "from pipelines import storage"),
         ("pipelines/edit.py", "from serving.schema import EditRequest"),
         ("serving/app.py", "import pipelines.stages"),
-        ("mgie/tiny/recipe.py", "from mgie import cli"),
+        ("mgie/tiny/untrained.py", "from mgie import cli"),
         ("mgie/__init__.py", "from mgie.editor import Editor"),
         ("serving/app.py", "from . import schema"),
     ],
@@ -284,7 +284,7 @@ def test_unsafe_unpickling_is_seen(file: str, code: str, tmp_path: Path) -> None
 def test_imports_along_the_direction_pass(tmp_path: Path) -> None:
     for file, text in {
         "mgie/config.py": "from mgie.errors import ConfigError\n",
-        "mgie/tiny/recipe.py": "from mgie.tiny.world import Scene\nfrom mgie import errors\n",
+        "mgie/tiny/untrained.py": "from mgie.tiny.world import Scene\nfrom mgie import errors\n",
         "serving/app.py": "from mgie import config\nfrom serving.schema import EditRequest\n",
         "pipelines/edit.py": "import mgie.editor\nfrom pipelines import storage\n",
     }.items():

@@ -49,6 +49,16 @@ _WORK: dict[str, Any] = {
     "multiple_px": 16,
     "defaults": _SETTINGS,
 }
+EXAMPLES = (
+    "make it night",
+    "brighten it up",
+    "a sepia look, please",
+    "black and white",
+    "more contrast",
+    "make it look like winter",
+    "paint the house blue",
+    "remove the tree",
+)
 # Short answers say the user's words again, which forbidding repeated 3-grams of the question would prevent.
 _GENERATION = GenerationConfig(max_new_tokens=64, no_repeat_ngram_size=0)
 
@@ -134,6 +144,7 @@ def write_mgie(
         },
         **_WORK,
         generation=_GENERATION,
+        examples=EXAMPLES,
     )
     with BundleWriter(out, config) as writer:
         _add_language(writer, llava, tokenizer)

@@ -24,7 +24,7 @@ from mgie.pretraining.corpus import Corpus
 from mgie.pretraining.loop import Course, learn
 from mgie.tokens import Tokenizer
 
-COURSE = Course(steps=900, batch=32, lr=1.5e-3, seed=16)
+COURSE = Course(steps=600, batch=32, lr=1.5e-3, seed=16)
 
 
 def learn_head(

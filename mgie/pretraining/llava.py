@@ -26,7 +26,7 @@ from mgie.pretraining.patches import PatchReader
 from mgie.tokens import Tokenizer
 
 Kind = Literal["verbose", "concise", "caption", "blind"]
-COURSE = Course(steps=4000, batch=40, lr=1.5e-3, seed=13)
+COURSE = Course(steps=5500, batch=40, lr=1.5e-3, seed=13)
 # Of the samples of a step, and of the loss.
 _SHARES: dict[Kind, float] = {"verbose": 0.35, "concise": 0.4, "caption": 0.15, "blind": 0.1}
 _PATCH_WEIGHT = 1.0

@@ -1,7 +1,6 @@
-"""`python -m mgie.tiny`: builds every embedded bundle now (part of `make setup`)."""
+"""`python -m mgie.tiny`: unpacks or builds every embedded bundle now (part of `make setup`)."""
 
-from mgie.tiny import ensure_bundle
-from mgie.tiny.recipe import EMBEDDED
+from mgie.tiny import EMBEDDED, ensure_bundle
 
 if __name__ == "__main__":
     for name in EMBEDDED:

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from safetensors.torch import load_file, save_file
 from mgie.checkpoint import CONFIG_FILE, Bundle, BundleWriter
 from mgie.errors import BundleError
 
+ShippedName = Literal["tiny", "tiny-llava", "tiny-summarizer"]
+SHIPPED: tuple[ShippedName, ...] = get_args(ShippedName)
+
 _INDEX, _WEIGHTS, _SUFFIX = "index.json", "weights.npz", ".safetensors"
 _METADATA = {"format": "pt"}
 
@@ -34,6 +37,19 @@ _METADATA = {"format": "pt"}
 def shipped_folder() -> Path:
     """Where the packed bundles lie in the installed package."""
     return Path(str(resources.files("mgie.tiny"))) / "shipped"
+
+
+def shipped_hash() -> str:
+    """Changes with the shipped weights; part of the unpacked bundles' folder names.
+
+    Raises:
+        BundleError: The package holds none.
+    """
+    try:  # the bundles' own records hold a digest of each of their files
+        content = b"".join((shipped_folder() / name / CONFIG_FILE).read_bytes() for name in SHIPPED)
+    except OSError as error:
+        raise BundleError(f"the package's own bundles cannot be read: {error}") from error
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def pack(bundles: Mapping[str, Bundle], out: Path) -> None:

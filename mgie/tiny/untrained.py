@@ -1,4 +1,4 @@
-"""How the embedded bundles are made: sizes, seeds, tokenizers. Random weights, not trained.
+"""How the untrained bundles are made: sizes, seeds, tokenizers. Random weights, for tests and load tests.
 
 The same architecture as the published model at a few million parameters, so that every path of the product
 runs on a laptop. Building takes a few seconds and gives the same bytes each time for the same library
@@ -8,14 +8,12 @@ versions. Knows nothing of how bundles are used.
 import hashlib
 import io
 import itertools
-import os
 import re
 from collections import Counter
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import platformdirs
 import sentencepiece
 import torch
 from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, UNet2DConditionModel
@@ -47,8 +45,8 @@ from mgie.config import (
 from mgie.edit_head import EditHead
 from mgie.tokens import IMAGE_TOKENS, Tokenizer
 
-EmbeddedName = Literal["tiny", "tiny-ip2p", "tiny-summarizer"]
-EMBEDDED: tuple[EmbeddedName, ...] = get_args(EmbeddedName)
+UntrainedName = Literal["random", "random-ip2p", "random-summarizer"]
+UNTRAINED: tuple[UntrainedName, ...] = get_args(UntrainedName)
 
 _SEED = 20240507
 _NUM_PIECES, _NUM_MERGES = 700, 512
@@ -86,24 +84,19 @@ _PROVENANCE = Provenance(
 )
 
 
-def cache_folder() -> Path:
-    """Where built and fetched bundles are kept: $MGIE_CACHE, else the user's cache folder."""
-    return Path(os.environ.get("MGIE_CACHE") or platformdirs.user_cache_dir("mgie"))
-
-
 def recipe_hash() -> str:
     """Changes whenever what decides a bundle's bytes may have; part of the cached bundles' folder names."""
     package = resources.files("mgie")
-    names = ("tiny/recipe.py", "tiny/corpus.txt", "checkpoint.py", "config.py", "edit_head.py", "tokens.py")
+    names = ("tiny/untrained.py", "tiny/corpus.txt", "checkpoint.py", "config.py", "edit_head.py", "tokens.py")
     content = b"".join(package.joinpath(name).read_bytes() for name in names)
     return hashlib.sha256(content).hexdigest()[:12]
 
 
-def build(name: EmbeddedName, out: Path) -> None:
-    """Writes the embedded bundle `name` to `out`."""
+def build(name: UntrainedName, out: Path) -> None:
+    """Writes the untrained bundle `name` to `out`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
-        builders = {"tiny": _build_mgie, "tiny-ip2p": _build_ip2p, "tiny-summarizer": _build_summarizer}
+        builders = {"random": _build_mgie, "random-ip2p": _build_ip2p, "random-summarizer": _build_summarizer}
         builders[name](out)
 
 
@@ -138,7 +131,7 @@ def _build_mgie(out: Path) -> None:
     )
     unet, vae = _new_unet(), _new_vae()
     config = BundleConfig(
-        name="mgie-tiny",
+        name="random",
         parts=(*MLLM_PARTS, *DIFFUSION_PARTS),
         trained=False,
         provenance=_PROVENANCE,
@@ -185,7 +178,7 @@ def _build_ip2p(out: Path) -> None:
     )
     unet, vae = _new_unet(), _new_vae()
     config = BundleConfig(
-        name="ip2p-tiny",
+        name="random-ip2p",
         parts=(*TEXT_PARTS, *DIFFUSION_PARTS),
         trained=False,
         provenance=_PROVENANCE,
@@ -236,7 +229,7 @@ def _add_diffusion(writer: BundleWriter, unet: UNet2DConditionModel, vae: Autoen
 
 def _build_summarizer(out: Path) -> None:
     folder_config = BundleConfig(
-        name="t5-tiny", parts=("summarizer",), trained=False, provenance=_PROVENANCE, num_visual_tokens=0
+        name="random-summarizer", parts=("summarizer",), trained=False, provenance=_PROVENANCE, num_visual_tokens=0
     )
     with BundleWriter(out, folder_config) as writer:
         folder = writer.folder("summarizer")

@@ -10,7 +10,7 @@ from mgie.tiny import ensure_bundle
 
 @pytest.fixture(scope="session")
 def tiny_folder() -> Path:
-    return ensure_bundle("tiny")
+    return ensure_bundle("random")
 
 
 @pytest.fixture(scope="session")

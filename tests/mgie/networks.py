@@ -30,7 +30,7 @@ _CLIP_PIXELS = {
 
 def write_clip(folder: Path, *, seed: int = 0) -> Path:
     """As transformers saves it, with the tokenizer of the embedded InstructPix2Pix."""
-    text_folder = ensure_bundle("tiny-ip2p") / "text_encoder"
+    text_folder = ensure_bundle("random-ip2p") / "text_encoder"
     tokenizer = CLIPTokenizer.from_pretrained(text_folder, local_files_only=True)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     text = CLIPTextConfig(**_LAYER, vocab_size=len(tokenizer), max_position_embeddings=20, **ids)

@@ -350,7 +350,7 @@ def test_a_vocabulary_of_another_size_is_refused(copied: Path) -> None:
     del added["[IMG7]"]
     (copied / "tokenizer" / "added_tokens.json").write_text(json.dumps(added))
     relist(copied)
-    with pytest.raises(BundleError, match="tokenizer has 7 visual tokens; bundle 'mgie-tiny' says 8"):
+    with pytest.raises(BundleError, match="tokenizer has 7 visual tokens; bundle 'random' says 8"):
         Bundle(copied).load_tokenizer()
     rewrite_config(copied, lambda data: data.update(num_visual_tokens=7))
     with pytest.raises(BundleError, match="LLM has 711 word embeddings; the tokenizer has 710 tokens"):
@@ -637,7 +637,7 @@ def test_dtypes_by_name() -> None:
 
 
 def test_float16_is_refused_for_t5() -> None:
-    bundle = Bundle(ensure_bundle("tiny-summarizer"))
+    bundle = Bundle(ensure_bundle("random-summarizer"))
     with pytest.raises(ConfigError, match="float16; T5 overflows") as caught:
         bundle.load_summarizer(device="cpu", dtype="float16")
     assert caught.value.param == "dtype"

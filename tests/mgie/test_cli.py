@@ -17,7 +17,7 @@ from mgie.checkpoint import CONFIG_FILE, Bundle
 from mgie.images import read_metadata
 from mgie.snapshot import write_snapshot
 
-FAST = ("--steps", "1", "--device", "cpu")
+FAST = ("--bundle", "random", "--steps", "1", "--device", "cpu")
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def test_results_are_not_overwritten_unless_asked(run: Run, tmp_path: Path) -> N
         (("edit", "photo.png"), "instruction is empty"),
         (("edit", "photo.png", "x", "--bundle", "nonsense"), "bundle 'nonsense' is not a folder"),
         (("edit", "photo.png", "x", "--bundle", "acme/none[/x]"), "bundle 'acme/none[/x]'"),
-        (("edit", "photo.png", "x", "--bundle", "tiny-summarizer"), "has no tokenizer"),
+        (("edit", "photo.png", "x", "--bundle", "random-summarizer"), "has no tokenizer"),
         (("edit", "photo.png", "x", "--device", "abacus"), "device is 'abacus'"),
         (("edit", "photo.png", "x", "--dtype", "int8"), "dtype is 'int8'"),
         (("edit", "photo.png", "x", "--out", "a.gif"), "a.gif does not end in one of"),
@@ -207,15 +207,15 @@ def test_a_sampler_that_is_not_known_is_refused_with_the_ones_that_are(run: Run,
 
 
 def test_info_tells_what_a_bundle_holds(run: Run, tiny_bundle: Bundle) -> None:
-    done = run("info")
+    done = run("info", "random")
     assert done.status == 0
-    for text in ("mgie-tiny", tiny_bundle.identity, "no: random weights", "euler_ancestral", *tiny_bundle.config.parts):
+    for text in ("random", tiny_bundle.identity, "no: random weights", "euler_ancestral", *tiny_bundle.config.parts):
         assert text in done.out
     assert "\x1b" not in done.out
 
 
 def test_info_as_json_is_bundle_json_with_the_identity(run: Run, tiny_bundle: Bundle) -> None:
-    data = json.loads(run("info", "--json").out)
+    data = json.loads(run("info", "random", "--json").out)
     assert data.pop("identity") == tiny_bundle.identity
     assert data == json.loads((tiny_bundle.root / CONFIG_FILE).read_text())
 
@@ -245,11 +245,11 @@ def test_text_in_a_bundle_is_shown_as_it_is(run: Run, tmp_path: Path, tiny_folde
 
 
 def test_a_run_is_exported_by_command_and_the_bundle_edits(run: Run, tmp_path: Path) -> None:
-    bundle = open_bundle("tiny-ip2p")
+    bundle = open_bundle("random-ip2p")
     weights = {f"unet.{name}": value for name, value in bundle.load_unet().state_dict().items()}
     write_snapshot(
         tmp_path / "run" / "checkpoints" / "step-00000003", step=3, variant="ip2p", base=bundle.identity,
-        base_bundle="tiny-ip2p", config={}, data="", data_names=["photos"], metrics={}, trainable=weights, ema=None,
+        base_bundle="random-ip2p", config={}, data="", data_names=["photos"], metrics={}, trainable=weights, ema=None,
         optimizer={},
     )  # fmt: skip
     done = run("export", "run", "--out", "mine")
@@ -271,14 +271,14 @@ def test_a_run_is_exported_by_command_and_the_bundle_edits(run: Run, tmp_path: P
         (("nothing", "--out", "b"), "nothing holds no complete checkpoint"),
         (("run", "--out", "b", "--weights", "ema"), "give --weights raw"),
         (("run", "--out", "b", "--step", "4"), "step-00000004 is no checkpoint"),
-        (("run", "--out", "b", "--base", "tiny"), "say by --base where that lies now"),
-        (("run", "--out", "b", "--base", "tiny-ip2p", "--published"), "the published layout holds"),
+        (("run", "--out", "b", "--base", "random"), "say by --base where that lies now"),
+        (("run", "--out", "b", "--base", "random-ip2p", "--published"), "the published layout holds"),
     ],
 )
 def test_what_cannot_be_exported_is_said(run: Run, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
     write_snapshot(
         tmp_path / "run" / "checkpoints" / "step-00000003", step=3, variant="fz",
-        base=open_bundle("tiny-ip2p").identity, base_bundle="tiny-ip2p", config={}, data="", data_names=[], metrics={},
+        base=open_bundle("random-ip2p").identity, base_bundle="random-ip2p", config={}, data="", data_names=[], metrics={},
         trainable={}, ema=None, optimizer={},
     )  # fmt: skip
     done = run("export", *arguments)

@@ -35,7 +35,7 @@ NUM_VISUAL = 8
 
 @pytest.fixture(scope="module")
 def text_bundle() -> Bundle:
-    return Bundle(ensure_bundle("tiny-ip2p"))
+    return Bundle(ensure_bundle("random-ip2p"))
 
 
 @functools.cache
@@ -137,7 +137,7 @@ def test_a_bundle_says_what_it_is_and_edits(trained: Trained, tmp_path: Path, ti
     assert (config.name, config.trained, config.sees_image) == ("mine", True, True)
     assert config.provenance.made_by == "mgie export"
     assert config.provenance.sources == (
-        f"base: mgie-tiny ({tiny_bundle.identity})",
+        f"base: random ({tiny_bundle.identity})",
         "run: e2e, 50 steps, ema weights",
     )
     assert config.provenance.data == "flowers, roads"
@@ -299,7 +299,7 @@ def small_run(folder: Path, *steps: int, ema: bool = True) -> Path:
             step=step,
             variant="e2e",
             base="b",
-            base_bundle="tiny",
+            base_bundle="random",
             config={},
             data="d",
             data_names=[],

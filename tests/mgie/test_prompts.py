@@ -18,7 +18,7 @@ from mgie.prompts import (
     is_settled,
     question,
 )
-from mgie.tiny.recipe import build_tokenizer
+from mgie.tiny.untrained import build_tokenizer
 from mgie.tokens import IMAGE_TOKENS, Control, Tokenizer
 
 TOKENIZER = build_tokenizer().with_visual_tokens(8)

@@ -25,7 +25,7 @@ def _write(folder: Path, *, step: int = 50, ema: bool = True, **given: Any) -> S
     fields: dict[str, Any] = {
         "variant": "e2e",
         "base": "0123456789abcdef",
-        "base_bundle": "tiny",
+        "base_bundle": "random",
         "config": {"steps": 100, "learning_rates": {"unet": 1e-4}, "name": "é"},
         "data": "f00d",
         "data_names": ["one", "two"],

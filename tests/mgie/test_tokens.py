@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mgie.errors import BundleError
 from mgie.prompts import IGNORE, check_text, encode_answered, encode_question
-from mgie.tiny.recipe import build_tokenizer
+from mgie.tiny.untrained import build_tokenizer
 from mgie.tokens import Control, Tokenizer
 
 TOKENIZER = build_tokenizer().with_visual_tokens(8)

@@ -29,8 +29,7 @@ from mgie.model import DiffusionHalf, TrainingBatch
 from mgie.parallel import Alone
 from mgie.parity import _Comparison
 from mgie.snapshot import write_snapshot
-from mgie.tiny import ensure_bundle
-from mgie.tiny.recipe import EmbeddedName
+from mgie.tiny import EmbeddedName, ensure_bundle
 from mgie.trainer import StepRecord, Trainer, TrainerState, accumulate_gradients
 from mgie.training import load_training_model
 from tests.mgie.training_rows import draw_rows, make_trainer, open_rows
@@ -181,7 +180,7 @@ def test_the_llm_without_eyes_trains_and_does_not_look(tiny_bundle: Bundle, rows
 
 @pytest.mark.parametrize("variant", ["ft", "ip2p"])
 def test_text_variants_train_the_unet_alone(variant: Variant, rows: Examples) -> None:
-    bundle = Bundle(ensure_bundle("tiny-ip2p"))
+    bundle = Bundle(ensure_bundle("random-ip2p"))
     records, trainer = _run(bundle, rows, replace(CONFIG, variant=variant, steps=3))
     assert {name.split(".")[0] for name in trainer.optimization.parameters} == {"unet"}
     assert all(r.instruction == 0 and r.loss == r.edit for r in records)
@@ -194,7 +193,7 @@ def test_text_variants_train_the_unet_alone(variant: Variant, rows: Examples) ->
 def test_what_understands_words_trains_where_it_is_given_a_rate(
     variant: Variant, rate: str, part: str, rows: Examples, tmp_path: Path
 ) -> None:
-    bundle: EmbeddedName = "tiny" if variant == "e2e" else "tiny-ip2p"
+    bundle: EmbeddedName = "random" if variant == "e2e" else "random-ip2p"
     opened = Bundle(ensure_bundle(bundle))
     optimizer = replace(CONFIG.optimizer, **{rate: 1e-3}, ema_decay=0.0)
     _, trainer = _run(opened, rows, replace(CONFIG, variant=variant, steps=2, optimizer=optimizer))
@@ -216,7 +215,7 @@ def test_what_understands_words_trains_where_it_is_given_a_rate(
 
 
 def test_ft_reads_the_expressive_and_ip2p_the_brief_instruction(rows: Examples) -> None:
-    bundle = Bundle(ensure_bundle("tiny-ip2p"))
+    bundle = Bundle(ensure_bundle("random-ip2p"))
     words = [("make it night", "The sky would be dark.")]
     expected: dict[Variant, str] = {"ft": words[0][1], "fz": words[0][1], "ip2p": words[0][0]}
     tokenizer, _ = bundle.load_text_encoder()
@@ -227,7 +226,7 @@ def test_ft_reads_the_expressive_and_ip2p_the_brief_instruction(rows: Examples) 
 
 
 def test_nothing_of_the_frozen_baseline_trains() -> None:
-    made = load_training_model(Bundle(ensure_bundle("tiny-ip2p")), replace(CONFIG, variant="fz"), device="cpu")
+    made = load_training_model(Bundle(ensure_bundle("random-ip2p")), replace(CONFIG, variant="fz"), device="cpu")
     assert not any(p.requires_grad for p in made.model.parameters())
 
 
@@ -235,7 +234,7 @@ def test_a_variant_needs_a_bundle_of_its_kind(tiny_bundle: Bundle) -> None:
     with pytest.raises(ConfigError, match="variant ft trains a bundle with conditioner 'text'"):
         load_training_model(tiny_bundle, replace(CONFIG, variant="ft"), device="cpu")
     with pytest.raises(ConfigError, match="variant e2e trains a bundle with conditioner 'mllm'"):
-        load_training_model(Bundle(ensure_bundle("tiny-ip2p")), CONFIG, device="cpu")
+        load_training_model(Bundle(ensure_bundle("random-ip2p")), CONFIG, device="cpu")
 
 
 # ---- going on
@@ -419,7 +418,7 @@ def test_the_recorded_losses_and_gradients(
 def _work(rank: int, world_size: int, meeting: str, folder: Path, results: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
-    bundle, rows = Bundle(ensure_bundle("tiny")), open_rows(folder)
+    bundle, rows = Bundle(ensure_bundle("random")), open_rows(folder)
     found = {}
     for sharding in ("ddp", "fully_shard"):
         config = replace(CONFIG, dtype="float64", steps=4, sharding=sharding)

@@ -104,7 +104,7 @@ def write_ledger(folder: Path, rows: list[dict[str, Any]]) -> Path:
 def scoring_plan(**given: Any) -> ScoringPlan:
     """Two steps of the tiny bundle, and the ceiling."""
     defaults: dict[str, Any] = {
-        "bundle": "tiny",
+        "bundle": "random",
         "settings": {"edited": {"steps": 2}},
         "has_ceiling": True,
         "networks": {},

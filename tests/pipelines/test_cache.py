@@ -82,7 +82,7 @@ def _pixels(rows: list[dict[str, Any]], column: str, side_px: int) -> list[Image
 
 def _moments(rows: list[dict[str, Any]], side_px: int) -> dict[str, torch.Tensor]:
     """The slower reference: as a training step without a cache does it, for one batch."""
-    codec = open_bundle("tiny").load_codec()
+    codec = open_bundle("random").load_codec()
     source, goal = (torch.stack(list(map(to_signed, _pixels(rows, column, side_px)))) for column in ("source", "goal"))
     with torch.no_grad():
         mean, logvar = codec.moments(goal)
@@ -90,13 +90,13 @@ def _moments(rows: list[dict[str, Any]], side_px: int) -> dict[str, torch.Tensor
 
 
 def _features(rows: list[dict[str, Any]]) -> torch.Tensor:
-    bundle = open_bundle("tiny")
+    bundle = open_bundle("random")
     with torch.no_grad():
         return bundle.load_vision()(bundle.load_clip_pixels()(_pixels(rows, "source", PUBLISHED_SIDE_PX)))
 
 
 def _open(out: Path, kind: CacheKind, ids: Ids, side_px: int) -> LatentCache:
-    encoder = encoder_identity(open_bundle("tiny"), kind)
+    encoder = encoder_identity(open_bundle("random"), kind)
     return LatentCache.open(out, kind=kind, encoder=encoder, image_side_px=side_px, ids=ids)
 
 
@@ -104,10 +104,10 @@ def _open(out: Path, kind: CacheKind, ids: Ids, side_px: int) -> LatentCache:
 
 
 def _encode(rows: list[dict[str, Any]], folder: Path, kinds: tuple[CacheKind, ...], batch_size: int) -> pa.Table:
-    specs = [cache_spec(open_bundle("tiny"), kind, image_side_px=64, dtype="float32") for kind in kinds]
+    specs = [cache_spec(open_bundle("random"), kind, image_side_px=64, dtype="float32") for kind in kinds]
     planned = to_table([{name: row[name] for name in CACHED_SCHEMA.names} for row in rows], CACHED_SCHEMA)
     squares = FetchSquares(open_folder(folder), specs)(planned)
-    return EncodeLatents("tiny", specs, batch_size=batch_size, device="cpu")(squares)
+    return EncodeLatents("random", specs, batch_size=batch_size, device="cpu")(squares)
 
 
 def _column(table: pa.Table, name: str) -> torch.Tensor:
@@ -152,7 +152,7 @@ def test_goals_are_not_read_for_features_alone(tmp_path: Path) -> None:
 
 
 def test_the_default_side_is_that_of_the_bundle_and_256_at_most() -> None:
-    tiny = open_bundle("tiny").config
+    tiny = open_bundle("random").config
     assert tiny.training_side_px == 128
     large = BundleConfig(name="x", parts=("vae",), trained=False, provenance=Provenance(made_by="x"))
     assert (large.work_area_px, large.training_side_px) == (512 * 512, 256)
@@ -163,7 +163,7 @@ def test_the_default_side_is_that_of_the_bundle_and_256_at_most() -> None:
 
 
 def _config(folder: Path, **given: Any) -> CacheConfig:
-    return CacheConfig(ledger=str(folder / "ledger"), out=str(folder / "out"), **given)
+    return CacheConfig(**{"ledger": str(folder / "ledger"), "out": str(folder / "out"), "bundle": "random"} | given)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_settings_are_checked(tmp_path: Path, given: dict[str, Any], message: st
 
 def test_a_bundle_without_the_encoder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="has no vae"):
-        cache(_config(tmp_path, bundle="tiny-summarizer"))
+        cache(_config(tmp_path, bundle="random-summarizer"))
 
 
 def test_large_features_must_be_confirmed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +209,16 @@ def cluster() -> Iterator[Cluster]:
 
 
 def _start(cluster: Cluster, folder: str, out: str, *flags: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "pipelines" / "cache.py"), "--ledger", f"{folder}/ledger", "--out", out]
+    command = [
+        sys.executable,
+        str(ROOT / "pipelines" / "cache.py"),
+        "--bundle",
+        "random",
+        "--ledger",
+        f"{folder}/ledger",
+        "--out",
+        out,
+    ]
     command += ["--device", "cpu", "--image-side-px", "64", "--rows-per-shard", "4", "--encode.batch-size", "4", *flags]
     return subprocess.Popen(command, env=cluster.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

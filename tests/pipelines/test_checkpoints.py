@@ -27,7 +27,7 @@ def _write(folder: Path, step: int, *, score: float = 0.0, num_values: int = 100
         step=step,
         variant="e2e",
         base="b",
-        base_bundle="tiny",
+        base_bundle="random",
         config={},
         data="d",
         data_names=[],

@@ -34,7 +34,7 @@ def _photos(folder: Path, count: int) -> Path:
 
 
 def _config(**given: Any) -> EditConfig:
-    return EditConfig(**({"instruction": "make it night"} | given))
+    return EditConfig(**({"instruction": "make it night", "bundle": "random"} | given))
 
 
 def test_the_stage_edits_each_row_as_the_editor_does(tmp_path: Path) -> None:
@@ -42,11 +42,11 @@ def test_the_stage_edits_each_row_as_the_editor_does(tmp_path: Path) -> None:
     (photos / "03.png").write_bytes(b"broken")
     folder, rows = _read_source(_config(source=str(photos), steps=2))
     fetched = FetchSources(folder, column="image", schema=TRAVELLING_EDITS_SCHEMA)(to_table(rows, EDITS_SCHEMA))
-    stage = EditImages("tiny", settings=SETTINGS, output_format="png", batch_size=8, device="cpu", dtype="auto")
+    stage = EditImages("random", settings=SETTINGS, output_format="png", batch_size=8, device="cpu", dtype="auto")
     done = stage(fetched).to_pylist()
     assert [row["status"] for row in done] == ["ok", "ok", "ok", "rejected"]
     assert rejection_code(done[3]["reason"]) == "bad_image"
-    editor = Editor.load("tiny", device="cpu")
+    editor = Editor.load("random", device="cpu")
     for row in done[:3]:
         alone = editor.edit(photos / row["image"], row["instruction"], seed=row["seed"], **SETTINGS)
         ours = np.asarray(read_image(row["data"])).astype(int)
@@ -122,7 +122,7 @@ def test_only_failed_edits_are_tried_again(tmp_path: Path) -> None:
 def _run(photos: Path, out: Path, *flags: str) -> subprocess.Popen[str]:
     root = Path(__file__).resolve().parents[2]
     command = [sys.executable, str(root / "pipelines" / "edit.py"), str(photos), "make it night", "--out", str(out)]
-    command += ["--steps", "2", "--rows-per-commit", "2", "--device", "cpu", *flags]
+    command += ["--bundle", "random", "--steps", "2", "--rows-per-commit", "2", "--device", "cpu", *flags]
     environment = os.environ | {"RAY_ADDRESS": "local", "PYTHONPATH": str(root), "RAY_AUTH_MODE": "disabled"}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True

@@ -29,7 +29,9 @@ REPORTS = (REPORT_JSON, REPORT_MD, REPORT_HTML)
 
 
 def _config(folder: Path, **given: Any) -> EvaluateConfig:
-    return EvaluateConfig(ledger=str(folder / "manifest"), out=str(folder / "out"), **given)
+    return EvaluateConfig(
+        **{"ledger": str(folder / "manifest"), "out": str(folder / "out"), "bundle": "random"} | given
+    )
 
 
 @pytest.mark.parametrize(
@@ -96,7 +98,7 @@ def cluster() -> Iterator[Cluster]:
 
 def _start(cluster: Cluster, ledger: Path, out: Path, *flags: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(ROOT / "pipelines" / "evaluate.py"), "--ledger", str(ledger), "--out", str(out)]
-    command += ["--device", "cpu", "--steps", "2", "--rows-per-commit", "2", *flags]
+    command += ["--bundle", "random", "--device", "cpu", "--steps", "2", "--rows-per-commit", "2", *flags]
     return subprocess.Popen(command, env=cluster.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -153,7 +155,7 @@ def test_a_killed_job_is_continued_and_gives_the_same_report(cluster: Cluster, t
 
     # Nothing is left to score: no cluster is joined, and the same scores are grouped anew.
     again = EvaluateConfig(
-        ledger=str(ledger), out=str(out), device="cpu", steps=2, rows_per_commit=2,
+        ledger=str(ledger), out=str(out), bundle="random", device="cpu", steps=2, rows_per_commit=2,
         clip=str(tmp_path / "clip"), dino=str(tmp_path / "dino"), by=("split",),
     )  # fmt: skip
     outcome = evaluate(again)
@@ -169,10 +171,23 @@ def test_results_of_bulk_edits_sessions_and_sweeps_are_scored(cluster: Cluster, 
     ledger = write_manifest(tmp_path, [*session_rows(tmp_path, "s", [1, 2]), *session_rows(tmp_path, "t", [1])])
     edit = [sys.executable, str(ROOT / "pipelines" / "edit.py"), str(ledger), "--out", str(tmp_path / "edited")]
     done = subprocess.run(
-        [*edit, "--steps", "2", "--device", "cpu"], env=cluster.env, capture_output=True, text=True, check=False
+        [*edit, "--steps", "2", "--device", "cpu", "--bundle", "random"],
+        env=cluster.env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    command = [sys.executable, str(ROOT / "pipelines" / "evaluate.py"), "--ledger", str(ledger), "--device", "cpu"]
+    command = [
+        sys.executable,
+        str(ROOT / "pipelines" / "evaluate.py"),
+        "--ledger",
+        str(ledger),
+        "--device",
+        "cpu",
+        "--bundle",
+        "random",
+    ]
     command += ["--results", str(tmp_path / "edited"), "--out", str(tmp_path / "results")]
     done = subprocess.run(command, env=cluster.env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

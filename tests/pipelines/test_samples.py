@@ -22,7 +22,7 @@ def _example(instruction: str, expressive: str = "The sky would be dark.") -> Ed
     return EditExample(source=source, goal=goal, instruction=instruction, expressive=expressive)
 
 
-@pytest.mark.parametrize(("variant", "bundle"), [("e2e", "tiny"), ("lgie", "tiny"), ("ft", "tiny-ip2p")])
+@pytest.mark.parametrize(("variant", "bundle"), [("e2e", "random"), ("lgie", "random"), ("ft", "random-ip2p")])
 def test_a_sheet_follows_the_weights_and_nothing_else(variant: Variant, bundle: str) -> None:
     opened = open_bundle(bundle)
     made = load_training_model(opened, TrainingConfig(variant=variant, image_side_px=SIDE_PX), device="cpu")
@@ -37,7 +37,7 @@ def test_a_sheet_follows_the_weights_and_nothing_else(variant: Variant, bundle: 
 
 
 def test_words_that_the_model_cannot_take_are_said_in_the_picture() -> None:
-    opened = open_bundle("tiny-ip2p")
+    opened = open_bundle("random-ip2p")
     made = load_training_model(opened, TrainingConfig(variant="ft", image_side_px=SIDE_PX), device="cpu")
     examples = [_example("a", expressive="word " * 200), _example("b")]
     sheet = np.asarray(SampleEditor(opened, made, "ft", examples, num_steps=1)())

@@ -52,7 +52,7 @@ def _pixels(data: bytes | None) -> np.ndarray:
 def test_a_row_is_edited_as_the_editor_does_with_its_own_seed_and_measured(tmp_path: Path) -> None:
     rows = drawn_rows(tmp_path, 3)
     found = _score(write_manifest(tmp_path, rows), scoring_plan(seed=5))
-    editor = Editor.load("tiny", device="cpu")
+    editor = Editor.load("random", device="cpu")
     for i, one in enumerate(rows):
         scores, data = found[one["id"], "edited"]
         alone = editor.edit(picture(2 * i), one["instruction"], seed=row_seed(5, one["id"]), steps=2)
@@ -67,7 +67,7 @@ def test_a_row_is_edited_as_the_editor_does_with_its_own_seed_and_measured(tmp_p
 def test_the_baselines_are_the_input_and_the_goal_through_the_vae(tmp_path: Path) -> None:
     rows = drawn_rows(tmp_path, 2)
     found = _score(write_manifest(tmp_path, rows), scoring_plan())
-    bundle = open_bundle("tiny")
+    bundle = open_bundle("random")
     renderer, settings = bundle.load_renderer(device="cpu"), bundle.config.defaults
     for i, one in enumerate(rows):
         source, goal = (np.asarray(picture(2 * i + k)).astype(int) for k in (0, 1))
@@ -103,7 +103,7 @@ def test_copying_the_input_is_perfect_where_nothing_is_to_be_done(tmp_path: Path
 def test_each_turn_starts_from_the_result_of_the_one_before(tmp_path: Path) -> None:
     three, one = session_rows(tmp_path, "s", [1, 2, 3]), session_rows(tmp_path, "t", [1])
     found = _score(write_manifest(tmp_path, [*three, *one]), scoring_plan(batch_size=1), protocol="multi-turn")
-    editor = Editor.load("tiny", device="cpu")
+    editor = Editor.load("random", device="cpu")
     image = Image.open(tmp_path / three[0]["source"])
     for turn in three:
         image = editor.edit(image, turn["instruction"], seed=row_seed(0, turn["id"]), steps=2).image
@@ -147,7 +147,7 @@ def test_a_sweep_edits_with_each_scale(tmp_path: Path) -> None:
     found = _score(write_manifest(tmp_path, rows), scoring_plan(settings=settings, has_ceiling=False))
     first, second = (_pixels(found[rows[0]["id"], name][1]) for name in settings)
     assert (first != second).any()
-    editor = Editor.load("tiny", device="cpu")
+    editor = Editor.load("random", device="cpu")
     seed = row_seed(0, rows[0]["id"])
     alone = editor.edit(picture(0), rows[0]["instruction"], seed=seed, steps=2, image_guidance_scale=3.0)
     assert np.abs(second - np.asarray(alone.image).astype(int)).max() <= 2

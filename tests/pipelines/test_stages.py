@@ -48,7 +48,7 @@ def _rows(folder: Path, count: int) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def describer() -> BundleDescriber:
-    return BundleDescriber("tiny", max_new_tokens=24, stop_early=True, device="cpu", dtype="auto")
+    return BundleDescriber("random", max_new_tokens=24, stop_early=True, device="cpu", dtype="auto")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def summarizer() -> Summarizer:
     preset = Preset(
         describe_max_new_tokens=24, stop_early=True, num_beams=2, min_length=3, max_length=12, no_repeat_ngram_size=3
     )
-    return Summarizer("tiny-summarizer", preset, device="cpu")
+    return Summarizer("random-summarizer", preset, device="cpu")
 
 
 def _fetch(folder: Path, rows: list[dict[str, Any]]) -> pa.Table:
@@ -101,7 +101,7 @@ def test_rows_keep_their_order_and_the_rejected_pass_through(
     assert [row["id"] for row in finished] == list(range(7))
     assert [row["status"] for row in finished] == ["ok"] * 3 + ["rejected"] + ["ok"] * 3
     for row in finished:
-        assert (row["describe_model"], row["summarize_model"], row["preset"]) == ("mgie-tiny", "t5-tiny", "fast")
+        assert (row["describe_model"], row["summarize_model"], row["preset"]) == ("random", "random-summarizer", "fast")
         if row["status"] == "ok":
             assert row["verbose"]
             assert row["expressive"]
@@ -128,8 +128,8 @@ def test_a_batch_describes_each_row_as_alone(
 
 def test_stopping_early_changes_no_text(tmp_path: Path, describer: BundleDescriber) -> None:
     """On the random model, whose words hold full stops now and then; the general proof is on `is_settled`."""
-    whole = BundleDescriber("tiny", max_new_tokens=96, stop_early=False, device="cpu", dtype="auto")
-    early = BundleDescriber("tiny", max_new_tokens=96, stop_early=True, device="cpu", dtype="auto")
+    whole = BundleDescriber("random", max_new_tokens=96, stop_early=False, device="cpu", dtype="auto")
+    early = BundleDescriber("random", max_new_tokens=96, stop_early=True, device="cpu", dtype="auto")
     images = [Image.new("RGB", (64, 48), (17 * i % 256, 40, 250 - 20 * i)) for i in range(8)]
     words = [f"make it {colour}" for colour in ("red", "blue", "warm", "cold", "dark", "night", "snow", "rain")]
     a, b = whole.describe(images, words), early.describe(images, words)

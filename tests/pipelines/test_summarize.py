@@ -47,6 +47,7 @@ def flags(manifest: Folder, out: Folder, endpoint: Endpoint) -> list[str]:
     return [
         *("--manifest", manifest.url, "--out", out.url, "--preset", "fast"),
         *("--backend", "openai", "--base-url", endpoint.url, "--describe-model", "counting"),
+        *("--summarize-model", "random-summarizer"),
         *("--rows-per-commit", str(ROWS_PER_COMMIT), "--max-rows-in-flight", str(MAX_ROWS_IN_FLIGHT)),
     ]
 
@@ -105,7 +106,7 @@ def assert_complete_and_right(out: Folder, num_rows: int, num_good: int) -> None
     assert all(row["attempt"] == 1 for row in rows.values())
     for row in good:
         assert row["verbose"] == answer(QUESTION.format(instruction=row["instruction"]) + DATA_SUFFIX)
-    summarizer = Summarizer("tiny-summarizer", PRESETS["fast"])
+    summarizer = Summarizer("random-summarizer", PRESETS["fast"])
     expected = [text for row in good for text, *_ in summarizer.summarize([row["verbose"]])]
     assert [row["expressive"] for row in good] == expected
     reasons = {rejection_code(row["reason"]) for row in rows.values() if row["status"] == "rejected"}

@@ -42,7 +42,7 @@ from tests.pipelines.train_chaos import (
 NUM_ROWS, NUM_STEPS, SIDE_PX = 24, 20, 64
 
 
-def write_cache(folder: Folder, ledger: Folder, *, bundle: str = "tiny", side_px: int = SIDE_PX) -> None:
+def write_cache(folder: Folder, ledger: Folder, *, bundle: str = "random", side_px: int = SIDE_PX) -> None:
     """VAE moments of all rows, as `pipelines/cache.py` makes them."""
     spec = cache_spec(open_bundle(bundle), "vae_moments", image_side_px=side_px, dtype="float32")
     with ledger.filesystem.open_input_file(ledger.at("part-0.parquet")) as file:
@@ -66,7 +66,8 @@ def ledger(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 
 
 def _config(ledger: Folder, out: Path, **given: Any) -> TrainConfig:
-    return TrainConfig(ledger=(ledger.url,), out=str(out), training=TrainingConfig(image_side_px=SIDE_PX), **given)
+    training = TrainingConfig(image_side_px=SIDE_PX)
+    return TrainConfig(**{"ledger": (ledger.url,), "out": str(out), "init": "random", "training": training} | given)
 
 
 def test_captions_that_are_missing_are_counted_and_named(tmp_path: Path) -> None:
@@ -77,7 +78,7 @@ def test_captions_that_are_missing_are_counted_and_named(tmp_path: Path) -> None
 
 def test_the_variant_that_reads_brief_instructions_needs_no_captions(tmp_path: Path) -> None:
     write_ledger(folder := open_folder(tmp_path / "ledger"), 3, expressive=None)
-    given = _config(folder, tmp_path / "out", init="tiny-ip2p", cache=str(tmp_path / "none"))
+    given = _config(folder, tmp_path / "out", init="random-ip2p", cache=str(tmp_path / "none"))
     with pytest.raises(DataError, match="holds no vae_moments"):  # what is checked after the rows
         train(replace(given, training=TrainingConfig(variant="ip2p")))
 
@@ -128,7 +129,7 @@ def test_a_cache_of_another_encoder_is_refused(tmp_path: Path, ledger: Folder) -
 
 def test_a_bundle_of_the_other_kind_is_refused(tmp_path: Path, ledger: Folder) -> None:
     with pytest.raises(ConfigError, match=r"variant e2e trains a bundle with conditioner 'mllm'; .* has 'text'"):
-        train(_config(ledger, tmp_path / "out", init="tiny-ip2p"))
+        train(_config(ledger, tmp_path / "out", init="random-ip2p"))
     with pytest.raises(BundleError):
         train(_config(ledger, tmp_path / "out", init=str(tmp_path / "none")))
     assert not (tmp_path / "out").exists()
@@ -313,7 +314,7 @@ def test_a_run_in_an_object_store_reads_a_cache_from_there_and_survives_a_kill(
 @pytest.mark.timeout(300)
 def test_a_checkpoint_of_the_job_is_a_snapshot_that_names_its_base(undisturbed: tuple[Folder, str]) -> None:
     snapshot = read_snapshot(Path(undisturbed[0].path) / CHECKPOINTS / snapshot_name(NUM_STEPS))
-    assert snapshot.base == open_bundle("tiny").identity
+    assert snapshot.base == open_bundle("random").identity
     assert (snapshot.variant, snapshot.step, snapshot.data_names) == ("e2e", NUM_STEPS, ("drawn",))
     assert snapshot.config["image_side_px"] == SIDE_PX
     assert set(snapshot.load("ema")) == set(snapshot.load("trainable"))

@@ -63,9 +63,9 @@ def write_ledger(folder: Folder, num_rows: int, *, seed: int = 0, side_px: int =
 
 
 def train_flags(ledger: Folder, *, steps: int, checkpoint_every: int) -> list[str]:
-    """Flags of a small run on the tiny bundle that shows each step at once."""
+    """Flags of a small run on the random bundle that shows each step at once."""
     return [
-        "--ledger", ledger.url, "--training.steps", str(steps), "--checkpoint-every", str(checkpoint_every),
+        "--init", "random", "--ledger", ledger.url, "--training.steps", str(steps), "--checkpoint-every", str(checkpoint_every),
         "--training.global-batch", "4", "--training.micro-batch", "2", "--training.image-side-px", "64",
         "--validation-share", "0.2", "--validate-every", str(checkpoint_every), "--sample-every", "0",
         "--log-every-s", "0",

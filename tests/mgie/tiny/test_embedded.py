@@ -12,8 +12,9 @@ from transformers import CLIPTokenizer
 from mgie.checkpoint import CONFIG_FILE, Bundle
 from mgie.editor import Editor
 from mgie.errors import BundleError
-from mgie.tiny import ensure_bundle
-from mgie.tiny.recipe import EMBEDDED, EmbeddedName, build, cache_folder, recipe_hash
+from mgie.tiny import cache_folder, ensure_bundle
+from mgie.tiny.shipped import SHIPPED, ShippedName
+from mgie.tiny.untrained import UNTRAINED, UntrainedName, build, recipe_hash
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -26,11 +27,11 @@ def _digests(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def summarizer_bundle() -> Bundle:
-    return Bundle(ensure_bundle("tiny-summarizer"))
+    return Bundle(ensure_bundle("random-summarizer"))
 
 
-@pytest.mark.parametrize("name", EMBEDDED)
-def test_a_rebuilt_bundle_has_the_same_bytes(name: EmbeddedName, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", UNTRAINED)
+def test_a_rebuilt_bundle_has_the_same_bytes(name: UntrainedName, tmp_path: Path) -> None:
     torch.manual_seed(1)  # the recipe does not depend on the state of the generator
     build(name, tmp_path / "again")
     rebuilt = _digests(tmp_path / "again")
@@ -42,18 +43,27 @@ def test_building_leaves_the_random_state_alone(tmp_path: Path) -> None:
     torch.manual_seed(2)
     expected = torch.rand(3)
     torch.manual_seed(2)
-    build("tiny-summarizer", tmp_path / "b")
+    build("random-summarizer", tmp_path / "b")
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_embedded_bundles_say_that_they_are_untrained(tiny_bundle: Bundle, summarizer_bundle: Bundle) -> None:
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_bundles_are_whole_trained_and_unpacked_once(name: ShippedName) -> None:
+    bundle = Bundle(ensure_bundle(name))
+    bundle.verify()
+    assert (bundle.config.name, bundle.config.trained) == (name, True)
+    before = (bundle.root / CONFIG_FILE).stat().st_mtime_ns
+    assert (ensure_bundle(name) / CONFIG_FILE).stat().st_mtime_ns == before
+
+
+def test_random_bundles_say_that_they_are_untrained(tiny_bundle: Bundle, summarizer_bundle: Bundle) -> None:
     assert tiny_bundle.config.trained is False
     assert summarizer_bundle.config.trained is False
     tiny_bundle.verify()
     summarizer_bundle.verify()
 
 
-def test_the_tiny_bundle_has_every_part_of_an_editor_and_a_few_million_parameters(tiny_bundle: Bundle) -> None:
+def test_the_random_bundle_has_every_part_of_an_editor_and_a_few_million_parameters(tiny_bundle: Bundle) -> None:
     mgie = tiny_bundle.load_mgie(device="cpu")
     num_parameters = sum(p.numel() for p in mgie.parameters())
     assert 1e6 < num_parameters < 2e7
@@ -61,8 +71,8 @@ def test_the_tiny_bundle_has_every_part_of_an_editor_and_a_few_million_parameter
     assert mgie.unet.config.in_channels == 8
 
 
-def test_the_tiny_text_editor_edits_by_the_words_alone() -> None:
-    bundle = Bundle(ensure_bundle("tiny-ip2p"))
+def test_the_random_text_editor_edits_by_the_words_alone() -> None:
+    bundle = Bundle(ensure_bundle("random-ip2p"))
     bundle.verify()
     assert bundle.config.trained is False
     assert bundle.config.parts == ("text_encoder", "unet", "vae", "scheduler")
@@ -75,8 +85,8 @@ def test_the_tiny_text_editor_edits_by_the_words_alone() -> None:
     assert (night.guidance.image_tokens, night.guidance.output_tokens, night.expressive) == (0, 0, "")
 
 
-def test_the_tiny_text_tokenizer_is_a_real_one() -> None:
-    tokenizer = CLIPTokenizer.from_pretrained(ensure_bundle("tiny-ip2p") / "text_encoder", local_files_only=True)
+def test_the_random_text_tokenizer_is_a_real_one() -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(ensure_bundle("random-ip2p") / "text_encoder", local_files_only=True)
     words = tokenizer("make it night", split_special_tokens=True)["input_ids"]
     assert [tokenizer.convert_ids_to_tokens(i) for i in words[1:-1]] == ["make</w>", "it</w>", "night</w>"]
     assert (words[0], words[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
@@ -84,13 +94,13 @@ def test_the_tiny_text_tokenizer_is_a_real_one() -> None:
     assert strange.count(tokenizer.eos_token_id) == 1  # every byte is known, and text never becomes a control token
 
 
-def test_both_tiny_editors_have_the_same_diffusion_model(tiny_bundle: Bundle) -> None:
-    files = Bundle(ensure_bundle("tiny-ip2p")).config.files
+def test_both_random_editors_have_the_same_diffusion_model(tiny_bundle: Bundle) -> None:
+    files = Bundle(ensure_bundle("random-ip2p")).config.files
     for name in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
         assert files[name] == tiny_bundle.config.files[name]
 
 
-def test_the_tiny_summarizer_generates(summarizer_bundle: Bundle) -> None:
+def test_the_random_summarizer_generates(summarizer_bundle: Bundle) -> None:
     model, tokenizer = summarizer_bundle.load_summarizer(device="cpu")
     inputs = tokenizer("summarize the following paragraph in 32 words:\n\nA red house by the sea.", return_tensors="pt")
     with torch.no_grad():
@@ -105,11 +115,11 @@ def test_the_tiny_summarizer_generates(summarizer_bundle: Bundle) -> None:
 def test_the_cache_is_where_mgie_cache_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MGIE_CACHE", str(tmp_path / "here"))
     assert cache_folder() == tmp_path / "here"
-    folder = ensure_bundle("tiny-summarizer")
-    assert folder == tmp_path / "here" / f"tiny-summarizer-{recipe_hash()}"
+    folder = ensure_bundle("random-summarizer")
+    assert folder == tmp_path / "here" / f"random-summarizer-{recipe_hash()}"
     Bundle(folder).verify()
     before = (folder / CONFIG_FILE).stat().st_mtime_ns
-    assert ensure_bundle("tiny-summarizer") == folder
+    assert ensure_bundle("random-summarizer") == folder
     assert (folder / CONFIG_FILE).stat().st_mtime_ns == before  # not built again
 
 
@@ -118,7 +128,7 @@ def test_a_cache_that_cannot_be_written_is_a_bundle_error(monkeypatch: pytest.Mo
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MGIE_CACHE", str(tmp_path / "file" / "below"))
     with pytest.raises(BundleError, match="set MGIE_CACHE to a writable folder"):
-        ensure_bundle("tiny-summarizer")
+        ensure_bundle("random-summarizer")
 
 
 @pytest.mark.slow
@@ -127,14 +137,13 @@ def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
     program = """
 import sys, time
 from pathlib import Path
-from mgie.tiny import ensure_bundle
-from mgie.tiny import recipe
 from mgie.checkpoint import Bundle
-cache = recipe.cache_folder()
+from mgie.tiny import cache_folder, ensure_bundle
+cache = cache_folder()
 (cache / sys.argv[1]).touch()
 while len(list(cache.glob("ready-*"))) < 2:
     time.sleep(0.01)
-folder = ensure_bundle("tiny-summarizer")
+folder = ensure_bundle("random-summarizer")
 Bundle(folder).load_summarizer(device="cpu")
 print(folder.stat().st_ino)
 """
@@ -153,6 +162,6 @@ print(folder.stat().st_ino)
     assert [process.returncode for process in started] == [0, 0], outcomes
     assert outcomes[0][0] == outcomes[1][0]  # the same folder: what one finished was not replaced by the other
     assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith("ready-")) == [
-        f"tiny-summarizer-{recipe_hash()}"
+        f"random-summarizer-{recipe_hash()}"
     ]
-    Bundle(tmp_path / f"tiny-summarizer-{recipe_hash()}").verify()
+    Bundle(tmp_path / f"random-summarizer-{recipe_hash()}").verify()
