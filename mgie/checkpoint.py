@@ -413,6 +413,9 @@ class BundleWriter:
         """A transformers or diffusers model in its own layout, with its transformers tokenizer beside it."""
         with _quiet():
             model.save_pretrained(self.folder(part), safe_serialization=True)
+            config = json.loads((self.folder(part) / _PART_CONFIG).read_text(encoding="utf-8"))
+            if config.pop("_name_or_path", None):  # a folder of the machine that wrote it
+                _write_json(self.folder(part) / _PART_CONFIG, config)
             if tokenizer is not None:
                 tokenizer.save_pretrained(self.folder(part))
 
