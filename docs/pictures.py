@@ -14,8 +14,8 @@ EDITS = (
     (31, "make it look like winter"),
     (20, "a sepia look, please"),
     (5, "more cosy"),
-    (51, "remove the balloon"),
-    (22, "paint the house blue"),
+    (51, "let it rain"),
+    (22, "make it autumn"),
 )
 
 

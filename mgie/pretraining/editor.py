@@ -56,8 +56,8 @@ EXAMPLES = (
     "black and white",
     "more contrast",
     "make it look like winter",
-    "paint the house blue",
-    "remove the tree",
+    "let it rain",
+    "more cosy",
 )
 # Short answers say the user's words again, which forbidding repeated 3-grams of the question would prevent.
 _GENERATION = GenerationConfig(max_new_tokens=64, no_repeat_ngram_size=0)

@@ -365,24 +365,28 @@ def test_a_derivation_that_nobody_waits_for_leaves_its_batch_within_a_token(
     stage = MLLMStage(str(tiny_bundle), device="cpu", cache_bytes=0)
     [conditioner] = stage._pool.models().values()
     rows: list[int] = []
-    gone = threading.Event()
+    all_wait, gone = threading.Event(), threading.Event()
     model = conditioner._mllm.llm.model
 
     def record(module: object, args: object, output: object) -> None:
         rows.append(len(output.last_hidden_state))
-        if len(rows) == 5 and max(rows) == 3:
-            gone.wait(10)  # a pass is running while the caller goes
+        if len(rows) == 1:
+            all_wait.wait(30)  # so that the others make one batch
+        if rows.count(3) == 4:
+            gone.wait(30)  # a pass is running while the caller goes
 
     hook = model.register_forward_hook(record)
 
     async def main() -> tuple[list[Derived], list[Derived]]:
         blocker = asyncio.create_task(stage.derive(photo(seed=9), "first", "given"))
-        await asyncio.sleep(0)
-        timeout_s = 1.0 if ends == "deadline" else None
+        await until(lambda: len(rows) == 1)
+        timeout_s = 5.0 if ends == "deadline" else None
         tasks = [asyncio.create_task(stage.derive(photo(seed=i), f"edit {i}")) for i in (0, 1)]
         leaver = asyncio.create_task(stage.derive(photo(seed=2), "edit 2", timeout_s=timeout_s))
+        await until(lambda: stage._worker.stats().num_waiting == 3)
+        all_wait.set()
         await blocker
-        await until(lambda: len(rows) >= 5)
+        await until(lambda: rows.count(3) == 4)
         if ends == "cancel":
             leaver.cancel()
         with pytest.raises(asyncio.CancelledError if ends == "cancel" else DeadlineError):
