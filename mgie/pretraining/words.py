@@ -28,8 +28,9 @@ def llama_tokenizer(texts: Iterable[str], num_pieces: int) -> Tokenizer:
 
 def t5_tokenizer(texts: Iterable[str], num_pieces: int, folder: Path) -> T5Tokenizer:
     """A T5-like tokenizer (unigram); its model is written to `folder`."""
-    # T5's own arrangement of ids: <pad> 0, </s> 1, <unk> 2.
-    model = _pieces(texts, "unigram", num_pieces, pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+    # T5's own arrangement of ids: <pad> 0, </s> 1, <unk> 2. Every character, however rare: it has no bytes to fall back on.
+    ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    model = _pieces(texts, "unigram", num_pieces, **ids, character_coverage=1.0)
     (folder / "spiece.model").write_bytes(model)
     return T5Tokenizer.from_pretrained(folder, local_files_only=True, extra_ids=0)
 

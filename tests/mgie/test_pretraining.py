@@ -18,7 +18,7 @@ from mgie.pretraining.editor import add_visual_tokens
 from mgie.pretraining.head import learn_head
 from mgie.pretraining.llava import new_llava
 from mgie.pretraining.loop import Course, learn
-from mgie.pretraining.words import clip_tokenizer, llama_tokenizer
+from mgie.pretraining.words import clip_tokenizer, llama_tokenizer, t5_tokenizer
 from mgie.tiny.world import make_sample
 
 TEXTS = ["make it night", "the red house would be blue", "a tree, a lamp and a green house on a meadow", "night!"] * 9
@@ -147,3 +147,11 @@ def test_tokenizers_are_functions_of_the_texts() -> None:
     ids = first.encode_plain("the red house, and something new: \u00e4")
     assert ids == second.encode_plain("the red house, and something new: \u00e4")
     assert first.decode(ids).strip() == "the red house, and something new: \u00e4"
+
+
+def test_the_summarizer_knows_the_rarest_letter_that_it_has_read(tmp_path: Path) -> None:
+    texts = ["the corners of the picture are dark"] * 3000 + ["Darken the corners."]
+    tokenizer = t5_tokenizer(texts, 40, tmp_path)
+    assert (
+        tokenizer.decode(tokenizer("Darken the corners")["input_ids"], skip_special_tokens=True) == "Darken the corners"
+    )
