@@ -10,14 +10,16 @@ a file of another kind is refused. Knows nothing of where a bundle comes from (`
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import transformers
@@ -57,6 +59,9 @@ from mgie.model import MGIE
 from mgie.renderer import Renderer
 from mgie.tokens import Tokenizer
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 CONFIG_FILE = "bundle.json"
 _WEIGHTS, _PART_CONFIG = "model.safetensors", "config.json"
 _PREPROCESSOR, _SCHEDULER = "preprocessor_config.json", "scheduler_config.json"
@@ -68,6 +73,18 @@ _LOADING_ERRORS = (
     OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError,
     SafetensorError, StrictDataclassError,
 )  # fmt: skip
+_LOADING = threading.RLock()
+
+
+def _one_at_a_time(load: Callable[P, T]) -> Callable[P, T]:
+    """While diffusers loads weights it makes every new parameter of the process one without data, in all threads."""
+
+    @functools.wraps(load)
+    def loads(*args: P.args, **kwargs: P.kwargs) -> T:
+        with _LOADING:
+            return load(*args, **kwargs)
+
+    return loads
 
 
 def resolve_device(device: str = "auto") -> torch.device:
@@ -164,6 +181,7 @@ class Bundle:
         """The listed files of these parts."""
         return {name: entry for name, entry in self.config.files.items() if name.split("/", 1)[0] in parts}
 
+    @_one_at_a_time
     def load_conditioner(self, *, device: str = "auto", dtype: str = "auto") -> Conditioner:
         """The first half of an edit, by `conditioner` of the configuration.
 
@@ -192,6 +210,7 @@ class Bundle:
             bundle=self.identity,
         )
 
+    @_one_at_a_time
     def load_renderer(self, *, device: str = "auto", dtype: str = "auto") -> Renderer:
         """The second half of an edit: UNet and VAE only.
 
@@ -212,6 +231,7 @@ class Bundle:
             multiple_px=self.config.multiple_px,
         )
 
+    @_one_at_a_time
     def load_mgie(self, *, device: str = "auto", dtype: str = "float32") -> MGIE:
         """The whole model for training, with the right parts frozen.
 
@@ -245,6 +265,7 @@ class Bundle:
         mgie.freeze()
         return mgie.to(target)
 
+    @_one_at_a_time
     def load_text_encoder(self, dtype: torch.dtype = torch.float32) -> tuple[CLIPTokenizer, CLIPTextModel]:
         """The `text_encoder` part, on the CPU, not training.
 
@@ -288,6 +309,7 @@ class Bundle:
         except (ConfigError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise BundleError(f"vision/{_PREPROCESSOR} cannot be used: {error}") from error
 
+    @_one_at_a_time
     def load_vision(self, dtype: torch.dtype | None = torch.float32) -> VisionTower:
         """The `vision` part, on the CPU, not training.
 
@@ -298,6 +320,7 @@ class Bundle:
         clip = _load_pretrained(CLIPVisionModel, self.root / "vision", dtype)
         return VisionTower(clip, self.config.vision_select_layer).eval()
 
+    @_one_at_a_time
     def load_mllm(self, tokenizer: Tokenizer, dtype: torch.dtype | None = torch.float32) -> MLLM:
         """LLM, and where it sees the image vision tower and projector; on the CPU, not training.
 
@@ -322,6 +345,7 @@ class Bundle:
             vision, projector if dtype is None else projector.to(dtype), llm, im_patch_id=tokenizer.im_patch_id
         ).eval()
 
+    @_one_at_a_time
     def load_edit_head(self) -> EditHead:
         """The `edit_head` part, float32, on the CPU, not training.
 
@@ -336,11 +360,13 @@ class Bundle:
         load_strictly(head, _load_safetensors(self.root / "edit_head" / _WEIGHTS), "edit_head")
         return head.eval()
 
+    @_one_at_a_time
     def load_unet(self, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
         """The `unet` part, on the CPU, not training."""
         self.verify(("unet",), hashes=False)
         return _load_pretrained(UNet2DConditionModel, self.root / "unet", dtype)
 
+    @_one_at_a_time
     def load_codec(self) -> LatentCodec:
         """The `vae` part, float32, on the CPU, not training."""
         self.verify(("vae",), hashes=False)
@@ -352,6 +378,7 @@ class Bundle:
         self.verify(("scheduler",), hashes=False)
         return _read_json(self.root / "scheduler" / _SCHEDULER)
 
+    @_one_at_a_time
     def load_summarizer(self, *, device: str = "auto", dtype: str = "auto") -> tuple[T5ForConditionalGeneration, Any]:
         """The `summarizer` part (T5) and its transformers tokenizer.
 

@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -656,3 +657,12 @@ def test_an_edit_runs_in_bfloat16_near_to_float32(tiny_bundle: Bundle) -> None:
     settings = EditSettings(steps=1)
     [(_, edited)] = renderer.render([RenderRequest(image=PICTURE, guidance=half, settings=settings, seed=0)])
     assert edited.size == PICTURE.size
+
+
+def test_bundles_may_be_loaded_by_several_threads(tiny_bundle: Bundle) -> None:
+    def load(number: int) -> bool:
+        part = tiny_bundle.load_unet() if number % 2 else tiny_bundle.load_edit_head()
+        return all(not parameter.is_meta for parameter in part.parameters())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(load, range(24)))
