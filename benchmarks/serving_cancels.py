@@ -19,7 +19,7 @@ from typing import Any
 import httpx2
 import tyro
 
-from serving.app import ServingArgs
+from serving.args import ServingArgs
 from serving.demo import draw_landscape, free_port, local_service
 
 HOSTILE = {"x-request-disconnect-disabled": "?1", "x-request-timeout-seconds": "0"}

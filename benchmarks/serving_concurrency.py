@@ -20,7 +20,8 @@ from mgie.images import center_square, read_image, resize
 from serving.demo import draw_landscape
 from serving.backend import EditOutcome, InProcessBackend
 from serving.schema import EditCall
-from serving.stages import DiffusionStage, MLLMStage
+from serving.diffusion_stage import DiffusionStage
+from serving.mllm_stage import MLLMStage
 
 SIZES = ((320, 320), (400, 256), (256, 400), (480, 200))
 ROWS = 3  # of the denoiser, per image

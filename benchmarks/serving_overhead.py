@@ -17,7 +17,7 @@ import tyro
 from mgie.bundles import open_bundle
 from mgie.editor import SOFTWARE, Editor
 from mgie.images import EditMetadata, write_image
-from serving.app import ServingArgs
+from serving.args import ServingArgs
 from serving.demo import draw_landscape, free_port, local_service
 
 

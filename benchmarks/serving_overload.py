@@ -15,7 +15,7 @@ from collections import Counter
 import httpx2
 import tyro
 
-from serving.app import ServingArgs
+from serving.args import ServingArgs
 from serving.demo import draw_landscape, free_port, local_service
 
 

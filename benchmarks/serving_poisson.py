@@ -53,8 +53,8 @@ class BenchmarkConfig:
     "at each load, with the instrument"
     num_real_edits: int = 48
     "at each load, with the real model; 0 leaves it out"
-    work_area_px: int = 32 * 32
-    "of the model: small, so that the VAE costs little beside the instrument"
+    asleep_area_px: int = 32 * 32
+    "work pixels with the instrument: few, so that the VAE costs little beside it"
     steps: tuple[int, ...] = (4, 8, 16)
     "edits have one of these"
     max_batch_size: int = 8
@@ -80,10 +80,10 @@ class SleepingDenoiser:
         return torch.zeros_like(latents[:, : latents.shape[1] // 2])
 
 
-def make_requests(config: BenchmarkConfig, num: int) -> list[RenderRequest]:
-    """Edits of mixed sizes and steps."""
+def make_requests(config: BenchmarkConfig, num: int, condition_dim: int) -> list[RenderRequest]:
+    """Edits of mixed sizes and steps, for a denoiser that takes conditions of the width given."""
     chance = random.Random(config.seed)
-    condition = torch.randn(32, 64, generator=torch.Generator().manual_seed(config.seed))
+    condition = torch.randn(32, condition_dim, generator=torch.Generator().manual_seed(config.seed))
     guidance = Guidance(
         expressive="",
         condition=condition,
@@ -206,25 +206,26 @@ class Bench:
     def __init__(self, config: BenchmarkConfig) -> None:
         self._config = config
         self._real = open_bundle(config.bundle).load_renderer(device=config.device)
-        self._real.work_area_px = config.work_area_px
+        self._condition_dim: int = self._real.denoiser.config.cross_attention_dim
         self._asleep = copy.copy(self._real)
+        self._asleep.work_area_px = config.asleep_area_px
         self._asleep.denoiser = SleepingDenoiser(config.call_ms, config.row_ms)
 
     async def compare(self, kind: str, num_edits: int) -> tuple[dict[str, float], dict[float, Comparison]]:
         """See `compare`."""
         renderer = {"instrument": self._asleep, "real": self._real}[kind]
-        return await asyncio.to_thread(compare, renderer, self._config, num_edits)
+        requests = make_requests(self._config, num_edits, self._condition_dim)
+        return await asyncio.to_thread(compare, renderer, self._config, requests)
 
 
 def compare(
-    renderer: Renderer, config: BenchmarkConfig, num_edits: int
+    renderer: Renderer, config: BenchmarkConfig, requests: Sequence[RenderRequest]
 ) -> tuple[dict[str, float], dict[float, Comparison]]:
     """Edits per second of each way when all come at once, and what each does with each load."""
-    requests = make_requests(config, num_edits)
     for way in WAYS.values():  # warm
         way(renderer, config, requests[:4], [0.0] * 4)
     rates = {
-        name: num_edits / max(way(renderer, config, requests, [0.0] * num_edits).latencies_s)
+        name: len(requests) / max(way(renderer, config, requests, [0.0] * len(requests)).latencies_s)
         for name, way in WAYS.items()
     }
     comparisons: dict[float, Comparison] = {}

@@ -13,16 +13,9 @@ from typing import Protocol
 from mgie.errors import MGIEError
 from mgie.handle import Stepped
 from serving.schema import EditCall
-from serving.stages import (
-    BundleInfo,
-    Derived,
-    DiffusionStage,
-    MLLMStage,
-    Partial,
-    RenderedEdit,
-    RenderOptions,
-    StageStats,
-)
+from serving.diffusion_stage import DiffusionStage
+from serving.mllm_stage import MLLMStage
+from serving.stage_calls import BundleInfo, Derived, Partial, RenderOptions, RenderedEdit, StageStats
 
 
 READY_TIMEOUT_S = 5.0  # a stage that does not answer a question about itself within this is not ready

@@ -30,7 +30,8 @@ from ray import serve
 from mgie.errors import MGIEError
 from mgie.images import EditMetadata, read_image, write_image
 from mgie.tiny.world import make_sample
-from serving.app import ServingArgs, app
+from serving.app import app
+from serving.args import ServingArgs
 
 HOST = "127.0.0.1"
 USUAL_PORT = 8000

@@ -25,7 +25,7 @@ from serving.schema import (
     edit_call,
     shown,
 )
-from serving.stages import BundleInfo
+from serving.stage_calls import BundleInfo
 
 
 @dataclass(frozen=True, kw_only=True)

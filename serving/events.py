@@ -21,7 +21,7 @@ from serving.backend import EditEvent, seconds_left
 from serving.connection import unless_gone
 from serving.schema import CompletedEvent, PartialEvent
 from serving.editing import AcceptedEdit, DeliveredEdit, EditService
-from serving.stages import Derived, Partial
+from serving.stage_calls import Derived, Partial
 
 
 async def event_stream(request: Request, accepted: AcceptedEdit, service: EditService) -> Response:

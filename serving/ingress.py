@@ -40,7 +40,7 @@ from serving.schema import (
     json_schema,
 )
 from serving.editing import EditService
-from serving.stages import DEFAULT_LIMITS
+from serving.stage import DEFAULT_LIMITS
 
 T = TypeVar("T")
 

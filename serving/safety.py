@@ -20,7 +20,7 @@ from mgie.errors import ConfigError, MGIEError
 from mgie.images import read_image
 from serving.backend import EditBackend, EditEvent, EditOutcome, ServiceStats
 from serving.schema import EditCall
-from serving.stages import BundleInfo, Partial
+from serving.stage_calls import BundleInfo, Partial
 
 Where = Literal["input", "output"]
 

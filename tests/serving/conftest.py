@@ -16,7 +16,8 @@ from PIL import Image
 from mgie.tiny import ensure_bundle
 from serving.backend import InProcessBackend
 from serving.ingress import build_api
-from serving.stages import DiffusionStage, MLLMStage
+from serving.diffusion_stage import DiffusionStage
+from serving.mllm_stage import MLLMStage
 
 
 @pytest.fixture(scope="session")

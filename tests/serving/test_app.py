@@ -9,7 +9,8 @@ from ray import serve
 
 import serving
 from mgie.errors import BundleError
-from serving.app import ServingArgs, app
+from serving.app import app
+from serving.args import ServingArgs
 
 
 def test_serve_finds_a_builder_with_one_typed_argument() -> None:

@@ -13,7 +13,8 @@ from serving import cancels
 from serving.backend import InProcessBackend
 from serving.cancels import BoardError, CancelBoard, CancelledEditError, RunningEdits
 from serving.ingress import build_api
-from serving.stages import DiffusionStage, MLLMStage
+from serving.diffusion_stage import DiffusionStage
+from serving.mllm_stage import MLLMStage
 
 Photo = Callable[..., bytes]
 URL = "/v1/images/edits"

@@ -35,7 +35,8 @@ from serving.answers import ANSWERS, answer_error
 from serving.backend import InProcessBackend
 from serving.ingress import PAGE, build_api
 from serving.schema import EditForm, RequestError, edit_call
-from serving.stages import DiffusionStage, MLLMStage
+from serving.diffusion_stage import DiffusionStage
+from serving.mllm_stage import MLLMStage
 
 Photo = Callable[..., bytes]
 URL = "/v1/images/edits"

@@ -20,7 +20,8 @@ from serving.artifacts import ArtifactStore
 from serving.backend import InProcessBackend
 from serving.ingress import build_api
 from serving.kept import KeptResults
-from serving.stages import DiffusionStage, MLLMStage
+from serving.diffusion_stage import DiffusionStage
+from serving.mllm_stage import MLLMStage
 from tests.serving.s3_store import S3Store
 
 Photo = Callable[..., bytes]

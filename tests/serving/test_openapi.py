@@ -14,7 +14,8 @@ from serving.artifacts import ArtifactStore
 from serving.backend import InProcessBackend
 from serving.ingress import build_api
 from serving.kept import KeptResults
-from serving.stages import DiffusionStage, MLLMStage
+from serving.diffusion_stage import DiffusionStage
+from serving.mllm_stage import MLLMStage
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -15,7 +15,8 @@ from mgie.images import read_image
 from serving.backend import InProcessBackend
 from serving.ingress import build_api
 from serving.safety import CheckedBackend, SafetyCheck, load_check
-from serving.stages import DiffusionStage, MLLMStage
+from serving.diffusion_stage import DiffusionStage
+from serving.mllm_stage import MLLMStage
 
 Photo = Callable[..., bytes]
 Asked = tuple[tuple[int, int], str, str]

@@ -26,7 +26,8 @@ import pytest
 from ray import serve
 
 from mgie.images import read_image
-from serving.app import ServingArgs, app
+from serving.app import app
+from serving.args import ServingArgs
 from serving.demo import free_port, local_service
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(240)]

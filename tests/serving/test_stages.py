@@ -26,7 +26,9 @@ from mgie.errors import (
 )
 from mgie.images import plan_framing, read_image, read_metadata
 from serving.model_pool import ModelUnavailableError
-from serving.stages import Derived, DiffusionStage, MLLMStage, RenderedEdit, RenderOptions
+from serving.diffusion_stage import DiffusionStage
+from serving.mllm_stage import MLLMStage
+from serving.stage_calls import Derived, RenderOptions, RenderedEdit
 
 Photo = Callable[..., bytes]
 # Three shapes of photo that the diffusion model works at in three sizes.

@@ -1,0 +1,229 @@
+"""The stages and the board of a running service, through Ray Serve's handles; calls are repeated when a replica dies.
+
+The way of an edit: the ingress puts the photo into the object store once and sends the reference to both stages; the
+guidance that the MLLM stage returns goes to the diffusion stage by reference too.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
+
+from mgie.errors import EngineFullError
+from serving.backend import (
+    READY_TIMEOUT_S,
+    EditEvent,
+    EditOutcome,
+    ServiceStats,
+    StageUnavailableError,
+    render_options,
+    same_bundles,
+    seconds_left,
+)
+from serving.cancels import CancelBoard
+from serving.diffusion_stage import DiffusionStage
+from serving.mllm_stage import MLLMStage
+from serving.schema import EditCall
+from serving.stage_calls import BundleInfo, Derived, RenderedEdit, StageStats
+
+MAX_STAGE_RETRIES = 2  # one for the replica that died, one for another that was about to
+
+logger = logging.getLogger("serving.handles")
+
+_LOST = (RayActorError, ObjectLostError)  # the replica died or is cut off; an argument was lost with its node
+
+
+class HandleBackend:
+    """Edits through the handles of the two stages; the `EditBackend` of a running service.
+
+    Args:
+        mllm, diffusion: The stages.
+        has_choice: There are several bundles: an edit goes to a replica that has its own in memory, if one is free.
+        max_open: Edits under way; more are refused.
+    """
+
+    def __init__(
+        self,
+        mllm: DeploymentHandle[MLLMStage],
+        diffusion: DeploymentHandle[DiffusionStage],
+        *,
+        has_choice: bool,
+        max_open: int,
+    ) -> None:
+        self._mllm = mllm
+        self._diffusion = diffusion
+        self._has_choice = has_choice
+        self._max_open, self._num_open = max_open, 0
+
+    @contextlib.contextmanager
+    def _admitted(self) -> Iterator[None]:
+        """A place for an edit, here rather than in a stage: else the MLLM would work for edits that are refused later.
+
+        Raises:
+            EngineFullError: There is none.
+        """
+        if self._num_open == self._max_open:
+            raise EngineFullError(f"{self._num_open} edits are under way; at most {self._max_open} may be")
+        self._num_open += 1
+        try:
+            yield
+        finally:
+            self._num_open -= 1
+
+    def _for(self, stage: DeploymentHandle[Any], call: EditCall) -> Any:
+        return stage.options(multiplexed_model_id=call.model) if self._has_choice else stage
+
+    async def _derive(self, call: EditCall, image: "ray.ObjectRef[bytes]") -> "_Called":
+        return await _call(
+            lambda _: self._for(self._mllm, call).derive.remote(
+                image,
+                call.instruction,
+                call.expressive,
+                model=call.model,
+                deterministic=call.deterministic,
+                timeout_s=seconds_left(call),
+            )
+        )
+
+    async def edit(self, call: EditCall) -> EditOutcome:
+        """See `EditBackend`."""
+        with self._admitted():
+            return await self._edit(call)
+
+    async def _edit(self, call: EditCall) -> EditOutcome:
+        image = ray.put(call.image)
+        mllm = await self._derive(call, image)
+        # Awaited, though a handle accepts unfinished arguments: the words are part of the answer, a failure belongs to
+        # its stage, and only finished derivations may count as load of the diffusion stage. (Ray 2.60 sees to the last
+        # point by itself: it queues a call when its arguments are there.)
+        diffusion = await _call(
+            lambda retry: self._for(self._diffusion, call).render.remote(
+                image,
+                # By reference. After a failure by value: the node that held the object may be gone.
+                mllm.result if retry else mllm.response,
+                render_options(call),
+                timeout_s=seconds_left(call),
+            )
+        )
+        return EditOutcome(
+            derived=mllm.result,
+            rendered=diffusion.result,
+            retries={"mllm": mllm.num_retries, "diffusion": diffusion.num_retries},
+        )
+
+    async def stream(self, call: EditCall) -> AsyncGenerator[EditEvent, None]:
+        """See `EditBackend`. A replica that dies under the diffusion ends the stream: half of it has been sent."""
+        with self._admitted():
+            async with contextlib.aclosing(self._stream(call)) as events:
+                async for event in events:
+                    yield event
+
+    async def _stream(self, call: EditCall) -> AsyncGenerator[EditEvent, None]:
+        image = ray.put(call.image)
+        mllm = await self._derive(call, image)
+        derived: Derived = mllm.result
+        yield derived
+        stage: Any = self._for(self._diffusion, call).options(stream=True)
+        events = stage.render_stream.remote(image, mllm.response, render_options(call), timeout_s=seconds_left(call))
+        try:
+            async for event in events:
+                yield EditOutcome(derived=derived, rendered=event) if isinstance(event, RenderedEdit) else event
+        except BackPressureError as error:
+            raise EngineFullError("too many edits wait for a replica; try again later") from error
+        except RayTaskError as error:
+            raise error.cause from None  # as in `_call`
+        except _LOST as error:
+            raise StageUnavailableError("the replica died under the edit") from error
+        finally:
+            events.cancel()
+
+    async def models(self) -> tuple[BundleInfo, ...]:
+        """See `EditBackend`."""
+        mllm, diffusion = await asyncio.gather(
+            _call(lambda _: self._mllm.models.remote()), _call(lambda _: self._diffusion.models.remote())
+        )
+        return same_bundles(mllm.result, diffusion.result)
+
+    async def stats(self) -> ServiceStats:
+        """See `EditBackend`."""
+        mllm, diffusion, status = await asyncio.gather(
+            _stats_of(self._mllm), _stats_of(self._diffusion), asyncio.to_thread(serve.status)
+        )
+        deployments = status.applications[serve.get_replica_context().app_name].deployments
+        # Plain strings, though Serve's types promise its enumeration.
+        replicas = {
+            name: {str(getattr(state, "value", state)): number for state, number in details.replica_states.items()}
+            for name, details in deployments.items()
+        }
+        return ServiceStats(mllm=mllm, diffusion=diffusion, replicas=replicas)
+
+
+class HandleBoard:
+    """The board of cancels through its handle; the `Board` of a running service."""
+
+    def __init__(self, board: DeploymentHandle[CancelBoard]) -> None:
+        self._board = board
+
+    async def listen(self, replica: str, answers: Mapping[int, bool]) -> Sequence[tuple[int, str]]:
+        """See `Board`."""
+        requests: list[tuple[int, str]] = (await _call(lambda _: self._board.listen.remote(replica, answers))).result
+        return requests
+
+    async def cancel(self, edit_id: str) -> bool | None:
+        """See `Board`."""
+        is_cancelled: bool | None = (await _call(lambda _: self._board.cancel.remote(edit_id))).result
+        return is_cancelled
+
+
+@dataclass(frozen=True)
+class _Called:
+    result: Any
+    response: DeploymentResponse[Any]
+    "stands for the result as an argument, by reference"
+    num_retries: int
+
+
+async def _call(send: Callable[[int], Any]) -> _Called:
+    """Awaits a stage call and repeats it when the replica dies under it; calls are seeded, so nothing changes.
+
+    Args:
+        send: Sends the call and returns Serve's response; gets the number of the try, from 0.
+
+    Raises:
+        StageUnavailableError: Replicas died on every try.
+        EngineFullError: Too many calls wait for a replica.
+        Exception: What the stage itself raised, as it raised it.
+    """
+    for retry in range(MAX_STAGE_RETRIES + 1):
+        response: DeploymentResponse[Any] = send(retry)
+        try:
+            return _Called(await response, response, retry)
+        except asyncio.CancelledError:
+            response.cancel()  # else the stage would go on for nobody
+            raise
+        except BackPressureError as error:
+            raise EngineFullError("too many edits wait for a replica; try again later") from error
+        except RayTaskError as error:
+            if not isinstance(error.cause, _LOST):
+                raise error.cause from None  # Ray's wrapper would hide the class that the error table looks for
+            logger.warning("a stage call lost its input and is repeated: %s", error.cause)
+        except _LOST as error:
+            logger.warning("a stage replica died under a call, which is repeated: %s", error)
+    raise StageUnavailableError(f"replicas died under each of {MAX_STAGE_RETRIES + 1} tries")
+
+
+async def _stats_of(stage: DeploymentHandle[Any]) -> StageStats | None:
+    try:
+        async with asyncio.timeout(READY_TIMEOUT_S):
+            stats: StageStats = (await _call(lambda _: stage.stats.remote())).result
+    except (TimeoutError, StageUnavailableError):
+        return None
+    return stats
