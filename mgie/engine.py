@@ -45,6 +45,7 @@ _NUM_RECORDED = 1000  # batches and runs kept for whoever draws figures
 _RATE_WEIGHT = 0.1  # of the newest step in the moving average of speed
 # Order of the VAE's work: what lets a step be larger, what lets a caller go, what is only nice to have.
 _ENCODE, _DECODE, _PREVIEW = range(3)
+_URGENT = -1  # before them all
 
 
 class EngineClosedError(RuntimeError):
@@ -52,8 +53,16 @@ class EngineClosedError(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepDone:
+    """A denoising step."""
+
+    seconds: float
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineStats:
-    """What the engine has done and is doing. Each submitted edit is in exactly one of the seven counts."""
+    """What the engine has done and is doing. Each submitted edit but trials is in exactly one of the seven counts."""
 
     num_done: int
     num_failed: int
@@ -65,6 +74,10 @@ class EngineStats:
     num_in_flight: int
     "admitted and not done: being encoded, denoised or decoded"
     pixels_in_flight: int
+    work_done: int
+    "pixel-steps: work pixels times rows of each step and image"
+    work_left: int
+    "the same of what is to come of all edits that have not ended"
     num_denoising: int
     "samples that take turns"
     num_steps: int
@@ -93,6 +106,7 @@ class Engine:
         max_waiting: Edits in line; more are refused.
         num_codec_threads: Threads for the VAE and for full-size pixels; each may hold one decoding's memory.
         num_threads: Of torch, for each of the engine's threads; None = torch's own number.
+        on_step: Told of each step, on the thread that takes them: it must be quick and not raise.
         clock: Seconds, for deadlines and figures.
 
     Raises:
@@ -108,6 +122,7 @@ class Engine:
         max_waiting: int = 64,
         num_codec_threads: int = 1,
         num_threads: int | None = None,
+        on_step: Callable[[StepDone], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if max_pixels_in_flight is None:
@@ -120,7 +135,7 @@ class Engine:
         ):
             if value < least:
                 raise ConfigError(f"{name} is {value}; it must be at least {least}", param=name)
-        self._renderer, self._num_threads, self._clock = renderer, num_threads, clock
+        self._renderer, self._num_threads, self._on_step, self._clock = renderer, num_threads, on_step, clock
         self._changed = threading.Condition()
         self._admission: Admission[EditInFlight] = Admission(max_pixels=max_pixels_in_flight, max_waiting=max_waiting)
         self._max_waiting = max_waiting
@@ -128,7 +143,7 @@ class Engine:
         self._edits: set[EditInFlight] = set()  # that have not ended
         self._is_closed = False
         self._ended = {"done": 0, "failed": 0, "cancelled": 0, "overdue": 0, "refused": 0}
-        self._num_begun = self._num_steps = self._num_stepped = self._max_steps_after_end = 0
+        self._num_begun = self._num_steps = self._num_stepped = self._max_steps_after_end = self._work_done = 0
         self._seconds_per_pixel: float | None = None  # of one row and step
         self._batches: deque[tuple[Hashable, ...]] = deque(maxlen=_NUM_RECORDED)
         self._runs: deque[EditRun] = deque(maxlen=_NUM_RECORDED)
@@ -146,6 +161,8 @@ class Engine:
         deadline: float | None = None,
         num_previews: int = 0,
         deterministic: bool = False,
+        patience_s: float = 0.0,
+        is_trial: bool = False,
     ) -> EditHandle:
         """Takes an edit in, or puts it in line; returns at once.
 
@@ -157,6 +174,9 @@ class Engine:
                 cheaply, then by the VAE. A preview that is late is left out.
             deterministic: Each image is denoised in a batch of its own: the same bits on this machine as
                 `Renderer.render` gives it alone. Otherwise who shares its batches may change a pixel by 2 of 255.
+            patience_s: In line it lets those pass that come so much later, and nobody after them.
+            is_trial: A small edit that only shows that the engine works: it waits for nobody's pixels, goes to the VAE
+                first, and is in no figures of edits. It costs the others a step.
 
         Raises:
             ConfigError: A value is out of range, or the edit is larger than the engine ever has room for.
@@ -181,19 +201,22 @@ class Engine:
             rows=rows,
             deadline=deadline,
             is_deterministic=deterministic,
+            is_trial=is_trial,
             num_previews=num_previews,
             submitted_at=self._clock(),
         )
         with self._changed:
             if self._is_closed:
                 raise EngineClosedError("the engine is closed")
-            if not self._admission.enter(edit, edit.pixels):
+            if not is_trial and not self._admission.enter(edit, edit.pixels, order=edit.submitted_at + patience_s):
                 self._ended["refused"] += 1
                 raise EngineFullError(
                     f"{self._admission.num_waiting} edits are waiting; at most {self._max_waiting} may",
                     retry_after_s=self._seconds_left(),
                 )
             self._edits.add(edit)
+            if is_trial:
+                self._start(edit)
             self._admit()
             self._changed.notify_all()  # there may be a nearer deadline
         edit.result.add_done_callback(lambda result: self._end(edit, "cancelled") if result.cancelled() else None)
@@ -212,6 +235,8 @@ class Engine:
                 num_waiting=self._admission.num_waiting,
                 num_in_flight=self._admission.num_inside,
                 pixels_in_flight=self._admission.pixels,
+                work_done=self._work_done,
+                work_left=self._work_left(),
                 num_denoising=len(self._turns),
                 num_steps=self._num_steps,
                 mean_batch_size=self._num_stepped / self._num_steps if self._num_steps else 0.0,
@@ -257,14 +282,22 @@ class Engine:
         """Until all that was accepted is done, going by recent steps; 1 before the first (locked)."""
         if self._seconds_per_pixel is None:
             return 1.0
-        return self._seconds_per_pixel * sum(edit.pixels * (edit.num_steps - edit.step) for edit in self._edits)
+        return self._seconds_per_pixel * self._work_left()
+
+    def _work_left(self) -> int:
+        """(locked)."""
+        return sum(edit.pixels * (edit.num_steps - edit.step) for edit in self._edits if not edit.is_trial)
 
     def _admit(self) -> None:
         """Sends those whom there is room for to the VAE (locked)."""
         for edit in self._admission.admit():
-            edit.phase, edit.admitted_at = "encoding", self._clock()
-            edit.events.put(Started())
-            self._code(_ENCODE, edit, self._encode, edit)
+            self._start(edit)
+
+    def _start(self, edit: EditInFlight) -> None:
+        """(locked)."""
+        edit.phase, edit.admitted_at = "encoding", self._clock()
+        edit.events.put(Started())
+        self._code(_ENCODE, edit, self._encode, edit)
 
     def _end(self, edit: EditInFlight, phase: Phase, error: BaseException | None = None) -> None:
         """Frees all that the edit holds, then tells its caller; nothing where it has ended already."""
@@ -278,8 +311,9 @@ class Engine:
             images = [edit.images[i] for i in sorted(edit.images)]
             edit.phase, edit.ended_at = phase, self._clock()
             edit.prepared, edit.samples, edit.images = None, [], {}
-            self._ended["overdue" if isinstance(error, DeadlineError) else phase] += 1
-            if phase == "done":
+            if not edit.is_trial:
+                self._ended["overdue" if isinstance(error, DeadlineError) else phase] += 1
+            if phase == "done" and not edit.is_trial:
                 self._runs.append(edit.run)
             if not self._is_closed:
                 self._admit()
@@ -345,7 +379,10 @@ class Engine:
             failure = error
         if failure is None:
             self._synchronize()  # an error that comes up only here has lost the device: it ends the engine
-            self._stepped(batch, self._clock() - started_at)
+            step = StepDone(seconds=self._clock() - started_at, rows=sum(sample.edit.rows for sample in batch))
+            self._stepped(batch, step.seconds)
+            if self._on_step is not None:
+                self._on_step(step)
             return
         if len(batch) == 1:
             self._end(batch[0].edit, "failed", failure)
@@ -370,7 +407,9 @@ class Engine:
             self._num_steps += 1
             self._num_stepped += len(batch)
             self._batches.append(tuple(sample.key for sample in batch))
-            rate = seconds / sum(sample.edit.image_cost for sample in batch)
+            work = sum(sample.edit.image_cost for sample in batch)
+            self._work_done += sum(sample.edit.image_cost for sample in batch if not sample.edit.is_trial)
+            rate = seconds / work
             old = self._seconds_per_pixel
             self._seconds_per_pixel = rate if old is None else old + _RATE_WEIGHT * (rate - old)
             edits = dict.fromkeys(sample.edit for sample in batch)
@@ -416,7 +455,7 @@ class Engine:
             except Exception as error:  # noqa: BLE001  as for a step
                 self._end(edit, "failed", error)
 
-        self._codec.put(priority, run)
+        self._codec.put(_URGENT if edit.is_trial else priority, run)
 
     def _encode(self, edit: EditInFlight) -> None:
         prepared = self._renderer.prepare(edit.request, edit.framing)

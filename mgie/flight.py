@@ -24,6 +24,8 @@ class EditInFlight:
     "of the denoiser, per image"
     deadline: float | None
     is_deterministic: bool
+    is_trial: bool
+    "see `Engine.submit`"
     num_previews: int
     submitted_at: float
     result: "Future[list[Image.Image]]" = field(default_factory=Future)

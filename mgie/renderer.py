@@ -78,6 +78,7 @@ class Renderer:
         multiple_px: int,
     ) -> None:
         self.denoiser: Denoiser = UNetDenoiser(unet)
+        self.condition_dim: int = unet.config.cross_attention_dim
         self.codec, self._scheduler_config = codec, dict(scheduler_config)
         self.device: torch.device = unet.device
         self.work_area_px, self._multiple_px = work_area_px, multiple_px

@@ -21,11 +21,14 @@ from mgie.errors import (
     MGIEError,
     PromptError,
 )
+from serving.access.keys import UnknownKeyError
+from serving.access.limits import LimitError
 from serving.artifacts import ArtifactMissingError
 from serving.backend import StageUnavailableError
 from serving.model_pool import ModelUnavailableError
 from serving.blobs import StoreError
 from serving.cancels import BoardError, CancelledEditError
+from serving.jobs.record import JobEndedError, JobFailedError, JobMissingError, KeyReusedError
 from serving.safety import ContentPolicyError
 from serving.schema import (
     BatchPlace,
@@ -44,6 +47,7 @@ from serving.schema import (
     shown,
 )
 from serving.editing import AcceptedEdit, DeliveredEdit
+from serving.stage_calls import MixedVersionsError
 
 logger = logging.getLogger("serving.answers")
 
@@ -61,9 +65,12 @@ class Answer:
 
 # The one table. The first class that fits counts; what is not listed is a 500 without internals.
 ANSWERS: tuple[tuple[type[MGIEError], Answer], ...] = (
+    (UnknownKeyError, Answer(401, "invalid_api_key", {"www-authenticate": "Bearer"})),
+    (LimitError, Answer(429, "rate_limited")),
     (UnknownModelError, Answer(404, "model_not_found")),
     (UnknownPreviousError, Answer(404, "previous_not_found")),
     (ArtifactMissingError, Answer(404, "not_found")),
+    (JobMissingError, Answer(404, "not_found")),
     (MediaTypeError, Answer(415, "unsupported_media_type")),
     (BodyTooLargeError, Answer(413, "body_too_large")),
     (RequestError, Answer(400, "invalid_value")),
@@ -75,10 +82,14 @@ ANSWERS: tuple[tuple[type[MGIEError], Answer], ...] = (
     (ContentPolicyError, Answer(400, "content_policy_violation")),
     (EngineFullError, Answer(429, "engine_full")),
     (StageUnavailableError, Answer(503, "stage_unavailable", {"retry-after": "1"})),
+    (MixedVersionsError, Answer(503, "stage_unavailable", {"retry-after": "1"})),
     (ModelUnavailableError, Answer(503, "model_unavailable", {"retry-after": "1"})),
     (BoardError, Answer(503, "board_unavailable", {"retry-after": "1"})),
     # OpenAI's clients retry 409 and 5xx twice: without the header a slow edit would be run three times.
     (StoreError, Answer(503, "store_unavailable", {"x-should-retry": "false"}, "the store of results is in trouble")),
+    (KeyReusedError, Answer(422, "idempotency_key_reused")),
+    (JobEndedError, Answer(409, "job_ended", {"x-should-retry": "false"})),
+    (JobFailedError, Answer(500, "job_failed", {"x-should-retry": "false"})),
     (CancelledEditError, Answer(409, "cancelled", {"x-should-retry": "false"})),
     (DeadlineError, Answer(504, "deadline_exceeded", {"x-should-retry": "false"})),
 )
@@ -106,9 +117,13 @@ def answer_error(error: Exception, request_id: str) -> JSONResponse:
     for kind, answer in ANSWERS:
         if isinstance(error, kind):
             param = _FORM_NAMES.get(error.param or "", error.param)
-            code = error.code if isinstance(error, RequestError) and answer.status == 400 else answer.code
+            code = answer.code
+            if isinstance(error, UnknownKeyError | LimitError) or (
+                isinstance(error, RequestError) and answer.status == 400
+            ):
+                code = error.code
             headers = dict(answer.headers)
-            if isinstance(error, EngineFullError):
+            if isinstance(error, EngineFullError | LimitError):
                 headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
             if answer.message is not None:
                 logger.error("request %s failed", request_id, exc_info=error)
@@ -117,7 +132,8 @@ def answer_error(error: Exception, request_id: str) -> JSONResponse:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
         return error_response(error.status_code, str(error.detail), code=code, headers=error.headers)
     if isinstance(error, RequestValidationError):
-        return error_response(422, f"the request is not valid: {shown(error.errors())}", code="unprocessable")
+        problems = [{name: problem[name] for name in ("loc", "msg")} for problem in error.errors()]
+        return error_response(422, f"the request is not valid: {shown(problems)}", code="unprocessable")
     logger.error("request %s failed", request_id, exc_info=error)
     return error_response(500, "the server failed on this request; its x-request-id finds the reason in the log")
 

@@ -4,20 +4,28 @@
 field is such a `key=value`.
 """
 
+import logging
+import os
 import sys
 import warnings
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.config import AutoscalingConfig
+from ray.serve import metrics as exporter
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
 
 from mgie.checkpoint import required_parts
 from mgie.config import DIFFUSION_PARTS
+from mgie.errors import ConfigError
 from mgie.tiny import cache_folder
+from serving.access.keys import VARIABLE as KEYS_VARIABLE
+from serving.access.keys import KeyRing
 from serving.args import ServingArgs
 from serving.artifacts import ArtifactStore
 from serving.backend import EditBackend
@@ -25,15 +33,47 @@ from serving.cancels import CancelBoard
 from serving.diffusion_stage import DiffusionStage
 from serving.handles import HandleBackend, HandleBoard
 from serving.ingress import build_api
+from serving.jobs.runner import JobSettings
+from serving.jobs.store import JobStore
+from serving.jobs.webhooks import WebhookSettings, webhook_settings
 from serving.kept import KeptResults
+from serving.logs import configure_logs
+from serving.metrics import Metric
 from serving.mllm_stage import MLLMStage
 from serving.safety import CheckedBackend, load_check
-from serving.stage import open_bundles
+from serving.scaling import WorkPolicy
+from serving.spans import open_spans
+from serving.stage import Watch, open_bundles
 
 MAX_OPEN_REQUESTS = 1000  # of one ingress replica, which only waits
 DRAIN_SLACK_S = 10.0  # between the deadline of an edit and the moment at which a draining replica is stopped
 DRAIN_POLL_S = 0.5  # how often a draining replica looks whether it is done
+HEALTH_SLACK_S = 10.0  # so much later than a stage itself does Serve take a trial of it to hang
+SERVE_LOGGER = "ray.serve"  # whose files and format the replicas of an application share
 RESOURCE_SHARE = 0.001  # of a node's custom resource: it marks nodes and limits nothing
+
+
+class RayMeter:
+    """The `Meter` of a replica: writes to the exporter of its node."""
+
+    def __init__(self) -> None:
+        self._writers: dict[str, Callable[[float, dict[str, str]], None]] = {}
+
+    def __call__(self, metric: Metric, value: float = 1.0, **tags: str) -> None:
+        """See `Meter`."""
+        # Made in the replica, at the first use, or it would lack the replica's tags.
+        write = self._writers.get(metric.name) or self._writers.setdefault(metric.name, _writer(metric))
+        write(value, tags)
+
+
+def _writer(metric: Metric) -> Callable[[float, dict[str, str]], None]:
+    kinds = {"counter": exporter.Counter, "gauge": exporter.Gauge, "histogram": exporter.Histogram}
+    settings = {"boundaries": list(metric.boundaries)} if metric.kind == "histogram" else {}
+    one = kinds[metric.kind](metric.name, description=metric.help, tag_keys=metric.tags, **settings)
+    write: Callable[[float, dict[str, str]], None] = getattr(
+        one, {"counter": "inc", "gauge": "set", "histogram": "observe"}[metric.kind]
+    )
+    return write
 
 
 @serve.ingress()
@@ -47,15 +87,27 @@ class Ingress:
         diffusion: DeploymentHandle[DiffusionStage],
         board: DeploymentHandle[CancelBoard],
     ) -> None:
-        self._args = args
+        configure_logs(logging.getLogger(SERVE_LOGGER), shows_words=args.log_prompts)
+        self._args, self._meter, self._keys = args, RayMeter(), _open_keys(args)
         self._backend: EditBackend = HandleBackend(
-            mllm, diffusion, has_choice=bool(args.bundles), max_open=args.max_open_edits
+            mllm,
+            diffusion,
+            max_open=args.max_open_edits,
+            may_sleep=0 in (args.mllm_min_replicas, args.diffusion_min_replicas),
+            meter=self._meter,
         )
         if args.safety_check is not None:
             self._backend = CheckedBackend(self._backend, load_check(args.safety_check), limits=args.limits)
         self._board = HandleBoard(board)
         self._store = ArtifactStore.open(args.artifacts or str(cache_folder() / "results"), ttl_s=args.artifacts_ttl_s)
         self._store.check()  # now, rather than after the first edit that needs it
+        self._job_settings = JobSettings(
+            timeout_s=args.job_timeout_s,
+            max_running=args.max_running_jobs,
+            max_queued=args.max_queued_jobs,
+            lease_s=args.job_lease_s,
+            webhooks=_webhooks(args),
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve in the replica, after the constructor."""
@@ -64,9 +116,17 @@ class Ingress:
             timeout_s=self._args.timeout_s,
             limits=self._args.limits,
             kept=KeptResults(self._store, keeps_all=self._args.keep_results),
+            jobs=JobStore(self._store, limits=self._args.limits),
+            job_settings=self._job_settings,
             board=self._board,
             public_url=self._args.public_url,
             adds_request_id=False,  # Serve's proxy puts x-request-id on every answer itself
+            meter=self._meter,
+            spans=open_spans(self._args.tracing, service="Ingress"),
+            keys=self._keys,
+            edit_limits=self._args.edit_limits,
+            batch_patience_s=self._args.batch_patience_s,
+            logs_prompts=self._args.log_prompts,
         )
 
 
@@ -75,11 +135,21 @@ def app(args: ServingArgs) -> serve.Application:
 
     Raises:
         BundleError: A bundle cannot be opened, lacks a part that a stage needs, or has the name of another.
-        ConfigError: The safety check cannot be imported.
+        ConfigError: The safety check cannot be imported, a bundle takes more than `max_steps` where an edit gives
+            none, or the keys, a webhook host or the webhook secret is wrong.
     """
     # Here already, so that a wrong name fails at once and an embedded bundle is built before replicas race for it.
     for bundle in open_bundles(args.bundle, args.bundles).values():
         bundle.config.require((*required_parts(bundle.config), *DIFFUSION_PARTS))
+        steps = bundle.config.defaults.steps
+        if steps > args.max_steps:
+            name = bundle.config.name
+            raise ConfigError(
+                f"max_steps is {args.max_steps}; bundle {name!r} takes {steps} by default", param="max_steps"
+            )
+    open_spans(args.tracing, service="")  # a wrong address, too
+    _open_keys(args)
+    _webhooks(args)
     if args.safety_check is not None:
         load_check(args.safety_check)
     drain_s = args.timeout_s + DRAIN_SLACK_S  # longer than the longest edit
@@ -88,7 +158,11 @@ def app(args: ServingArgs) -> serve.Application:
         "graceful_shutdown_timeout_s": drain_s,
         "graceful_shutdown_wait_loop_s": DRAIN_POLL_S,
         "health_check_period_s": args.health_check_period_s,
+        "health_check_timeout_s": args.health_trial_timeout_s + HEALTH_SLACK_S,
+        "max_surge_percent": args.max_surge_percent,
     }
+
+    logging_config = LoggingConfig(encoding=args.log_format.upper())
 
     def stage(kind: type[MLLMStage | DiffusionStage], name: str, **settings: Any) -> serve.Application:
         def given(setting: str) -> Any:
@@ -100,7 +174,10 @@ def app(args: ServingArgs) -> serve.Application:
                 args,
                 min_replicas=given("min_replicas"),
                 max_replicas=given("max_replicas"),
-                target_ongoing_requests=given("target_ongoing_requests"),
+                policy=AutoscalingPolicy(
+                    policy_function=WorkPolicy,
+                    policy_kwargs={"clear_s": given("clear_s"), "cold_start_s": args.cold_start_s},
+                ),
             ),
             ray_actor_options={
                 "num_cpus": given("num_cpus"),
@@ -108,8 +185,9 @@ def app(args: ServingArgs) -> serve.Application:
                 "resources": {given("resource"): RESOURCE_SHARE} if given("resource") else {},
             },
             max_queued_requests=args.max_queued_requests,
+            logging_config=logging_config,
             **common,
-        )(kind)
+        )(_logged(kind, args))
         return deployment.bind(
             args.bundle,
             args.bundles,
@@ -120,6 +198,12 @@ def app(args: ServingArgs) -> serve.Application:
             num_threads=given("num_threads"),
             # The ingress has counted the bytes of uploads, and results that were kept are larger than photos are.
             limits=replace(args.limits, max_bytes=sys.maxsize),
+            watch=Watch(
+                meter=RayMeter(),
+                trial_period_s=args.health_trial_period_s,
+                trial_timeout_s=args.health_trial_timeout_s,
+                tracing=args.tracing,
+            ),
             **settings,
         )
 
@@ -131,11 +215,14 @@ def app(args: ServingArgs) -> serve.Application:
         graceful_shutdown_timeout_s=DRAIN_POLL_S,
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
         health_check_period_s=args.health_check_period_s,
-    )(CancelBoard)
+        logging_config=logging_config,
+    )(_logged(CancelBoard, args))
     ingress = serve.deployment(
         name="Ingress",
         num_replicas=args.ingress_replicas,
         ray_actor_options={"num_cpus": 0},
+        # Our own line of a request says more than Serve's.
+        logging_config=logging_config.model_copy(update={"enable_access_log": False}),
         **common | {"max_ongoing_requests": MAX_OPEN_REQUESTS},
     )(Ingress)
     return ingress.bind(
@@ -151,6 +238,28 @@ def app(args: ServingArgs) -> serve.Application:
         ),
         board.bind(),
     )
+
+
+def _webhooks(args: ServingArgs) -> WebhookSettings | None:
+    return webhook_settings(args.webhook_hosts, secret_file=args.webhook_secret_file, give_up_s=args.webhook_give_up_s)
+
+
+def _open_keys(args: ServingArgs) -> KeyRing | None:
+    """None: the service is open. Raises ConfigError: a key is wrong."""
+    text = os.environ.get(KEYS_VARIABLE, "")
+    if args.keys_file is None and not text:
+        return None
+    return KeyRing(Path(args.keys_file) if args.keys_file else None, text, num_sharing=args.ingress_replicas)
+
+
+def _logged(kind: type[Any], args: ServingArgs) -> type[Any]:
+    """A class that sets up the logs of its replica first."""
+
+    def __init__(self: Any, *given: Any, **settings: Any) -> None:  # noqa: N807
+        configure_logs(logging.getLogger(SERVE_LOGGER), shows_words=args.log_prompts)
+        kind.__init__(self, *given, **settings)
+
+    return type(kind.__name__, (kind,), {"__init__": __init__, "__doc__": kind.__doc__})
 
 
 def _tell_router(max_loaded: int) -> Callable[[str], Awaitable[str]]:

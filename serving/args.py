@@ -1,9 +1,14 @@
 """The arguments of the application: every field is a `key=value` of `serve run serving.app`."""
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from mgie.config import ImageLimits
+from mgie.config import MAX_INSTRUCTION_CHARS, MAX_STEPS, ImageLimits
+from mgie.engine import MAX_IMAGES as MAX_RESULTS
+from serving.access.limits import EditLimits
 from serving.artifacts import MIN_TTL_S
+from serving.editing import BATCH_PATIENCE_S
 from serving.mllm_stage import DEFAULT_CACHE_BYTES
 
 
@@ -41,6 +46,47 @@ class ServingArgs(BaseModel):
         None, description="module:function that may refuse photos, instructions and results; see docs/serving.md"
     )
 
+    job_timeout_s: float = Field(
+        3600.0, gt=0, description="Time from the acceptance of a job until it is given up, unless it asks for less"
+    )
+    max_running_jobs: int = Field(4, ge=1, description="Jobs that one ingress replica runs at a time")
+    max_queued_jobs: int = Field(10_000, ge=1, description="Jobs that have not ended; more get status 429")
+    job_lease_s: float = Field(
+        6.0, ge=1, description="How long a job is left to a replica of which nothing is heard; then another runs it"
+    )
+    webhook_hosts: tuple[str, ...] = Field(
+        (), description="Whom jobs may call at their end: host or host:port, separated by commas; none: nobody"
+    )
+    webhook_secret_file: str | None = Field(
+        None, description="File with the secret that signs webhooks (whsec_...); none: variable MGIE_WEBHOOK_SECRET"
+    )
+    webhook_give_up_s: float = Field(
+        21_600.0, gt=0, description="How long after the end of a job its webhook is tried again"
+    )
+
+    keys_file: str | None = Field(
+        None,
+        description="API keys, a TOML file that every ingress replica can read, followed when it changes; none, and no "
+        "environment variable MGIE_API_KEYS with the same text: the service is open to everybody",
+    )
+    max_steps: int = Field(100, ge=1, le=MAX_STEPS, description="Most denoising steps of an edit")
+    max_n: int = Field(MAX_RESULTS, ge=1, le=MAX_RESULTS, description="Most results of an edit")
+    max_prompt_chars: int = Field(
+        MAX_INSTRUCTION_CHARS, ge=1, le=MAX_INSTRUCTION_CHARS, description="Longest prompt, and expressive instruction"
+    )
+    batch_patience_s: float = Field(
+        BATCH_PATIENCE_S,
+        ge=0,
+        description="So much later an interactive edit may come and still pass a batch edit in a stage's line",
+    )
+
+    log_format: Literal["json", "text"] = Field(
+        "json", description="Of the replicas' log files; json for those that search them, text for those that read them"
+    )
+    log_prompts: bool = Field(
+        default=False, description="Write the words of users into the logs, and all that exceptions say"
+    )
+
     ingress_replicas: int = Field(1, ge=1, description="Replicas of the ingress, which does no heavy work")
 
     mllm_num_gpus: float = Field(0.0, ge=0, description="GPUs of one MLLM replica; may be a fraction")
@@ -54,8 +100,8 @@ class ServingArgs(BaseModel):
     )
     mllm_min_replicas: int = Field(1, ge=0, description="Fewest MLLM replicas")
     mllm_max_replicas: int = Field(2, ge=1, description="Most MLLM replicas")
-    mllm_target_ongoing_requests: float = Field(
-        8.0, gt=0, description="Edits that one MLLM replica should have; above it another is started"
+    mllm_clear_s: float = Field(
+        5.0, gt=0, description="In which the work that waits for the MLLM should be done; else replicas are added"
     )
 
     diffusion_num_gpus: float = Field(0.0, ge=0, description="GPUs of one diffusion replica; may be a fraction")
@@ -72,8 +118,8 @@ class ServingArgs(BaseModel):
     diffusion_num_codec_threads: int = Field(1, ge=1, description="Threads of one diffusion replica for the VAE")
     diffusion_min_replicas: int = Field(1, ge=0, description="Fewest diffusion replicas")
     diffusion_max_replicas: int = Field(2, ge=1, description="Most diffusion replicas")
-    diffusion_target_ongoing_requests: float = Field(
-        8.0, gt=0, description="Edits that one diffusion replica should have; above it another is started"
+    diffusion_clear_s: float = Field(
+        20.0, gt=0, description="In which the work that waits for the diffusion should be done; else replicas are added"
     )
 
     max_open_edits: int = Field(
@@ -93,9 +139,30 @@ class ServingArgs(BaseModel):
     downscale_delay_s: float = Field(300.0, ge=0, description="How long load must be gone before a replica is removed")
     look_back_period_s: float = Field(15.0, gt=0, description="Time over which the autoscaler averages the load")
     metrics_interval_s: float = Field(2.0, gt=0, description="How often the load is reported to the autoscaler")
+    cold_start_s: float = Field(
+        20.0, ge=0, description="A guess of how long a new replica takes to come; what is seen replaces it"
+    )
     health_check_period_s: float = Field(2.0, gt=0, description="How soon a dead replica is noticed and replaced")
+    health_trial_period_s: float = Field(
+        10.0, gt=0, description="How often a stage replica with nothing to do shows by a small edit that it works"
+    )
+    health_trial_timeout_s: float = Field(
+        30.0, gt=0, description="When such an edit is taken to hang; the replica is replaced after three failed checks"
+    )
+    tracing: str | None = Field(
+        None,
+        description="Where the spans of edits go: an address that takes OTLP over HTTP (http://host:4318/v1/traces), or "
+        "console, the replicas' logs; none: there are none",
+    )
+    max_surge_percent: int = Field(
+        100,
+        ge=0,
+        le=100,
+        description="Replicas that a roll-out may start before old ones stop, of those there are; 0 where there is no "
+        "room for more: then edits wait meanwhile",
+    )
 
-    @field_validator("bundles", mode="before")
+    @field_validator("bundles", "webhook_hosts", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
@@ -111,6 +178,20 @@ class ServingArgs(BaseModel):
                     f"device is {self.device}, but {stage}_num_gpus is 0: Ray would hide every GPU from it"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _check_times(self) -> "ServingArgs":
+        # The photo of a job must still be there when the job is run.
+        if self.job_timeout_s > self.artifacts_ttl_s:
+            raise ValueError(
+                f"job_timeout_s is {self.job_timeout_s:g}; it must be at most artifacts_ttl_s, {self.artifacts_ttl_s:g}"
+            )
+        return self
+
+    @property
+    def edit_limits(self) -> EditLimits:
+        """What one edit may ask for."""
+        return EditLimits(max_steps=self.max_steps, max_n=self.max_n, max_prompt_chars=self.max_prompt_chars)
 
     @property
     def limits(self) -> ImageLimits:

@@ -184,7 +184,7 @@ class ArtifactStore:
         Raises:
             ArtifactMissingError: There is none (any more), or the id is none.
         """
-        self._check_id(artifact_id)
+        self.expiry_s(artifact_id)
         blob = self._blobs.read(f"artifacts/{artifact_id}.json")
         if blob is None:
             raise self._missing()
@@ -219,7 +219,7 @@ class ArtifactStore:
         Raises:
             ArtifactMissingError: The id has expired, or is none; whether the image exists is not looked up.
         """
-        left_s = self._check_id(artifact_id) - self._clock()
+        left_s = self.expiry_s(artifact_id) - self._clock()
         signed = self._blobs.url(f"artifacts/{artifact_id}.image", valid_s=max(1.0, left_s))
         return signed or f"{base_url.rstrip('/')}{ARTIFACT_PATH}/{artifact_id}"
 
@@ -229,7 +229,7 @@ class ArtifactStore:
         Raises:
             ArtifactMissingError: The id has expired, or is none.
         """
-        self._check_id(artifact_id)
+        self.expiry_s(artifact_id)
         self._blobs.delete(f"artifacts/{artifact_id}.json")
         self._blobs.delete(f"artifacts/{artifact_id}.image")
 
@@ -330,8 +330,12 @@ class ArtifactStore:
                 num_deleted += 1
         return num_deleted
 
-    def _check_id(self, artifact_id: str) -> int:
-        """Expiry of an id, Unix time. Raises ArtifactMissingError if it has passed, or the id is none."""
+    def expiry_s(self, artifact_id: str) -> int:
+        """Expiry of an id, Unix time.
+
+        Raises:
+            ArtifactMissingError: It has passed, or the id is none.
+        """
         if _ID.fullmatch(artifact_id) is None or _expiry_s(artifact_id) <= self._clock():
             raise self._missing()
         return _expiry_s(artifact_id)

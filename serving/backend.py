@@ -5,7 +5,7 @@
 
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Protocol
@@ -15,7 +15,15 @@ from mgie.handle import Stepped
 from serving.schema import EditCall
 from serving.diffusion_stage import DiffusionStage
 from serving.mllm_stage import MLLMStage
-from serving.stage_calls import BundleInfo, Derived, Partial, RenderOptions, RenderedEdit, StageStats
+from serving.stage_calls import (
+    BundleInfo,
+    Derived,
+    MixedVersionsError,
+    Partial,
+    RenderedEdit,
+    RenderOptions,
+    StageStats,
+)
 
 
 READY_TIMEOUT_S = 5.0  # a stage that does not answer a question about itself within this is not ready
@@ -47,13 +55,18 @@ class ServiceStats:
 
 
 EditEvent = Derived | Stepped | Partial | EditOutcome
+OnDerived = Callable[[], object]
 
 
 class EditBackend(Protocol):
     """Anything that can edit."""
 
-    async def edit(self, call: EditCall) -> EditOutcome:
+    async def edit(self, call: EditCall, *, on_derived: OnDerived = lambda: None) -> EditOutcome:
         """Runs both stages. Cancelling it frees what it holds.
+
+        Args:
+            call: The edit.
+            on_derived: Told when the first stage is done and the second begins.
 
         Raises:
             MGIEError: See the table in `answers.py`.
@@ -72,6 +85,14 @@ class EditBackend(Protocol):
         """
         ...
 
+    async def check_ready(self) -> None:
+        """Returns if edits can be answered.
+
+        Raises:
+            StageUnavailableError: They cannot be now.
+        """
+        ...
+
     async def stats(self) -> ServiceStats:
         """Current figures."""
         ...
@@ -84,9 +105,10 @@ class InProcessBackend:
         self._mllm = mllm
         self._diffusion = diffusion
 
-    async def edit(self, call: EditCall) -> EditOutcome:
+    async def edit(self, call: EditCall, *, on_derived: OnDerived = lambda: None) -> EditOutcome:
         """See `EditBackend`."""
         derived = await self._derive(call)
+        on_derived()
         rendered = await self._diffusion.render(call.image, derived, render_options(call), timeout_s=seconds_left(call))
         return EditOutcome(derived=derived, rendered=rendered)
 
@@ -106,12 +128,18 @@ class InProcessBackend:
             call.expressive,
             model=call.model,
             deterministic=call.deterministic,
+            patience_s=call.patience_s,
             timeout_s=seconds_left(call),
+            trace=call.trace,
         )
 
     async def models(self) -> tuple[BundleInfo, ...]:
         """See `EditBackend`."""
         return same_bundles(await self._mllm.models(), await self._diffusion.models())
+
+    async def check_ready(self) -> None:
+        """See `EditBackend`."""
+        await self.models()
 
     async def stats(self) -> ServiceStats:
         """See `EditBackend`."""
@@ -127,11 +155,13 @@ def render_options(call: EditCall) -> RenderOptions:
         n=call.n,
         mask=call.mask,
         deterministic=call.deterministic,
+        patience_s=call.patience_s,
         num_partials=call.num_partials,
         output_format=call.output_format,
         output_quality=call.output_quality,
         output_wh=call.output_wh,
         keeps_lossless=call.keeps_lossless,
+        trace=call.trace,
     )
 
 
@@ -141,11 +171,11 @@ def seconds_left(call: EditCall) -> float:
 
 
 def same_bundles(mllm: Sequence[BundleInfo], diffusion: Sequence[BundleInfo]) -> tuple[BundleInfo, ...]:
-    """Raises StageUnavailableError unless both stages serve the same bundles, as they do not during a roll-out."""
+    """Raises MixedVersionsError unless both stages serve the same bundles."""
     for of_mllm, of_diffusion in zip_longest(mllm, diffusion):
         if of_mllm != of_diffusion:
             first, second = (f"{info.name} {info.identity}" if info else "none" for info in (of_mllm, of_diffusion))
-            raise StageUnavailableError(
+            raise MixedVersionsError(
                 f"the MLLM stage serves bundle {first} and the diffusion stage {second}; they must match"
             )
     return tuple(diffusion)

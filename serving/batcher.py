@@ -9,6 +9,8 @@ locks; callers await from any event loop.
 """
 
 import asyncio
+import bisect
+import math
 import threading
 import time
 from collections import deque
@@ -78,6 +80,8 @@ class _Entry(Generic[ItemT, ResultT]):
     item: ItemT
     key: Hashable
     submitted_at: float
+    order: float
+    "who waits is served in this order"
     future: "Future[Batched[ResultT]]" = field(default_factory=Future)
     is_wanted: bool = True
     "false: its caller went away while its batch ran"
@@ -116,7 +120,7 @@ class GreedyBatcher(Generic[ItemT, ResultT]):
         self._work = work
         self._key = key
         self._max_batch_size = max_batch_size
-        self._waiting: deque[_Entry[ItemT, ResultT]] = deque()
+        self._waiting: list[_Entry[ItemT, ResultT]] = []  # in order
         self._changed = threading.Condition()
         self._is_closed = False
         self._num_items = self._num_batches = self._num_failed = self._num_dropped = self._num_cancelled = 0
@@ -125,18 +129,25 @@ class GreedyBatcher(Generic[ItemT, ResultT]):
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
 
-    async def submit(self, item: ItemT) -> Batched[ResultT]:
+    async def submit(self, item: ItemT, *, patience_s: float = 0.0, is_urgent: bool = False) -> Batched[ResultT]:
         """Waits for the item's result. Cancelling the caller drops the item, or tells its running batch.
+
+        Args:
+            item: What to run.
+            patience_s: It lets those pass that come so much later, and nobody after them.
+            is_urgent: It goes before all that wait.
 
         Raises:
             BatcherClosedError: The batcher is closed.
             Exception: Whatever `key` or `work` raised for this item.
         """
-        entry: _Entry[ItemT, ResultT] = _Entry(item=item, key=self._key(item), submitted_at=time.monotonic())
+        now_s = time.monotonic()
+        order = -math.inf if is_urgent else now_s + patience_s
+        entry: _Entry[ItemT, ResultT] = _Entry(item=item, key=self._key(item), submitted_at=now_s, order=order)
         with self._changed:
             if self._is_closed:
                 raise BatcherClosedError("the batcher is closed")
-            self._waiting.append(entry)
+            bisect.insort(self._waiting, entry, key=lambda waiting: waiting.order)
             self._changed.notify()
         try:
             return await asyncio.wrap_future(entry.future)
@@ -194,10 +205,10 @@ class GreedyBatcher(Generic[ItemT, ResultT]):
                 self._run(batch)
 
     def _take(self) -> list[_Entry[ItemT, ResultT]]:
-        """Removes the oldest item and all that fit it, oldest first; the caller holds the lock."""
+        """Removes the first in line and all that fit it, in order; the caller holds the lock."""
         key = self._waiting[0].key
         batch: list[_Entry[ItemT, ResultT]] = []
-        left: deque[_Entry[ItemT, ResultT]] = deque()
+        left: list[_Entry[ItemT, ResultT]] = []
         for entry in self._waiting:
             if len(batch) == self._max_batch_size or entry.key != key:
                 left.append(entry)

@@ -27,6 +27,7 @@ from serving.schema import (
     RequestError,
     form_schema,
     shown,
+    shown_field,
 )
 
 JSON_TYPE, FORM_TYPE = "application/json", "multipart/form-data"
@@ -68,7 +69,9 @@ def parse_edit_json(body: bytes) -> EditForm:
     except (ValueError, RecursionError) as error:  # ValueError: also no UTF-8, or a number of thousands of digits
         raise RequestError(f"the body is not JSON: {shown(str(error))}", code="invalid_json") from error
     if not isinstance(content, dict):
-        raise RequestError(f"the body is {shown(content)}; it must be a JSON object", code="invalid_json")
+        raise RequestError(
+            f"the body is a JSON {type(content).__name__}; it must be a JSON object", code="invalid_json"
+        )
     return parse_edit_form(_fields(content))
 
 
@@ -147,7 +150,8 @@ def _fields(content: dict[str, Any]) -> Iterator[tuple[str, str | bytes]]:
         elif isinstance(value, bool | int | float) and properties.get(name, {}).get("type") != "string":
             yield name, json.dumps(value)
         else:
-            raise RequestError(f"{shown(name)} is {shown(value)}; it must be text or a number", param=_printable(name))
+            message = f"{shown(name)} is {shown_field(name, value)}; it must be text or a number"
+            raise RequestError(message, param=_printable(name))
 
 
 def _picture(name: str, value: Any) -> bytes:
@@ -181,7 +185,8 @@ def _first_problem(error: ValidationError) -> RequestError:
     if detail["type"] == "missing":
         return RequestError(f"{name} is required", param=name, code="missing_required_parameter")
     code = "unsupported_value" if detail["type"] == "unsupported" else "invalid_value"
-    return RequestError(f"{name} is {shown(detail['input'])}; {_allowed(name, detail)}", param=name, code=code)
+    value = shown_field(name, detail["input"])
+    return RequestError(f"{name} is {value}; {_allowed(name, detail)}", param=name, code=code)
 
 
 def _allowed(name: str, detail: ErrorDetails) -> str:

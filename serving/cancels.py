@@ -38,6 +38,11 @@ class BoardError(MGIEError):
     """Whether an edit runs in another replica cannot be told now."""
 
 
+def owned_id(edit_id: str, owner: str) -> str:
+    """Names an edit among those of all owners, which are names of API keys or "": clients may choose the ids."""
+    return f"{owner}/{edit_id}" if owner else edit_id
+
+
 class Board(Protocol):
     """What replicas of the ingress share."""
 

@@ -1,9 +1,11 @@
 """A client's connection: what holds for every request on it, and that nobody works for a client who has gone."""
 
 import asyncio
+import json
 import logging
 import math
 import re
+import time
 import uuid
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -13,15 +15,23 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mgie.errors import MGIEError
 from serving.answers import answer_error
 from serving.bodies import JSON_TYPE
+from serving.metrics import EDIT_SECONDS, EDITS, Meter
 from serving.schema import BodyTooLargeError
 
 T = TypeVar("T")
 
 BASE64_RATIO = 4 / 3
 
+_STREAMED_ERROR = b'data: {"error"'  # the last event of a stream that fails on the way
+
 logger = logging.getLogger("serving.connection")
+
+
+class BrokenAnswerError(MGIEError):
+    """An answer could not be sent to its end."""
 
 
 class BoundaryMiddleware:
@@ -80,8 +90,58 @@ class BoundaryMiddleware:
             logger.info("the client of request %s went away", request_id)
         except Exception as error:  # the last line of defence: a client gets JSON, never a traceback
             if has_started:
-                raise
+                # Whatever carries the answer would write the exception into a log of its own, words and all.
+                logger.exception("request %s failed in the middle of its answer", request_id)
+                raise BrokenAnswerError("the answer broke off; the log of the ingress has the reason") from None
             await answer_error(error, request_id)(scope, receive, send_with_id)
+
+
+class MeterMiddleware:
+    """Counts and times what requests to edit are answered: what the client was told, whoever said it.
+
+    Args:
+        app: The application inside.
+        meter: Takes the figures.
+        path: Of the requests, which are POSTs.
+    """
+
+    def __init__(self, app: ASGIApp, *, meter: Meter, path: str) -> None:
+        self._app, self._meter, self._path = app, meter, path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http" or scope["path"] != self._path or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        started_s = time.monotonic()
+        begun, code = 0, None
+
+        async def watched_send(message: Message) -> None:
+            nonlocal begun, code
+            await send(message)
+            if message["type"] == "http.response.start":
+                begun = message["status"]
+            elif code is None:
+                body = message.get("body", b"")
+                if begun >= 400 or body.startswith(_STREAMED_ERROR):
+                    code = _error_code(body)
+                elif not message.get("more_body", False):
+                    code = "ok"
+
+        try:
+            await self._app(scope, receive, watched_send)
+        finally:
+            # Without an end, or an answer at all, the client went away.
+            status, code = ("499", "client_gone") if code is None else (str(begun), code)
+            self._meter(EDITS, status=status, code=code)
+            self._meter(EDIT_SECONDS, time.monotonic() - started_s, status=status)
+
+
+def _error_code(body: bytes) -> str:
+    try:
+        return str(json.loads(body.removeprefix(b"data: "))["error"]["code"])
+    except (ValueError, KeyError, TypeError):  # not an answer of ours
+        return "unknown"
 
 
 def _too_large(num_bytes: int, max_bytes: int) -> BodyTooLargeError:

@@ -4,22 +4,39 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
 from PIL import Image
 
 from mgie.checkpoint import Bundle
+from mgie.conditioner import Guidance
 from mgie.config import ImageLimits
 from mgie.editor import SOFTWARE
-from mgie.engine import Engine, EngineStats
-from mgie.errors import BundleError
+from mgie.engine import Engine, EngineStats, StepDone
 from mgie.handle import EditHandle, Previewed, Stepped
 from mgie.images import EditMetadata, read_mask, resize, write_image
 from mgie.renderer import Renderer, RenderRequest
-from serving.stage import DEFAULT_LIMITS, Stage, open_bundles, within
-from serving.stage_calls import Derived, Partial, RenderedEdit, RenderOptions, StageStats
+from serving.health import Health
+from serving.metrics import (
+    CANCELS,
+    PIXELS_IN_FLIGHT,
+    QUEUE_SECONDS,
+    RUNNING,
+    STEP_ROWS,
+    STEP_SECONDS,
+    STEPS,
+    WAITING,
+    Sample,
+)
+from serving.scaling import Work
+from serving.stage import DEFAULT_LIMITS, UNWATCHED, Stage, Watch, open_bundles, within
+from serving.stage_calls import Derived, MixedVersionsError, Partial, RenderedEdit, RenderOptions, StageStats
+
+TRIAL_SIDE_PX = 32
+TRIAL_TOKENS = 77  # as the models' text encoders give
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +45,14 @@ class _Rendering:
 
     renderer: Renderer
     engine: Engine
+    health: Health
 
 
 class DiffusionStage(Stage[_Rendering]):
     """Renders edited images; edits join and leave the batch of their bundle's engine at step borders.
 
     Args:
-        bundle, bundles, max_loaded, device, dtype, num_threads, limits, on_use: As those of `MLLMStage`.
+        bundle, bundles, max_loaded, device, dtype, num_threads, limits, on_use, watch: As those of `MLLMStage`.
         max_batch_rows, max_pixels_in_flight, max_waiting, num_codec_threads: As those of `mgie.engine.Engine`.
 
     Raises:
@@ -57,11 +75,23 @@ class DiffusionStage(Stage[_Rendering]):
         num_threads: int = 1,
         limits: ImageLimits = DEFAULT_LIMITS,
         on_use: Callable[[str], Awaitable[object]] | None = None,
+        watch: Watch = UNWATCHED,
     ) -> None:
         self._closed_stats: list[EngineStats] = []  # of engines that made room, as one
 
         def load(one: Bundle) -> _Rendering:
             renderer = one.load_renderer(device=device, dtype=dtype)
+
+            async def try_it() -> None:
+                await _try(engine, renderer, one)
+
+            health = watch.health(try_it)
+
+            def note(step: StepDone) -> None:
+                health.note_work()
+                watch.meter(STEP_SECONDS, step.seconds)
+                watch.meter(STEP_ROWS, step.rows)
+
             engine = Engine(
                 renderer,
                 max_batch_rows=max_batch_rows,
@@ -69,8 +99,9 @@ class DiffusionStage(Stage[_Rendering]):
                 max_waiting=max_waiting,
                 num_codec_threads=num_codec_threads,
                 num_threads=num_threads,
+                on_step=note,
             )
-            return _Rendering(renderer=renderer, engine=engine)
+            return _Rendering(renderer=renderer, engine=engine, health=health)
 
         super().__init__(
             open_bundles(bundle, bundles),
@@ -79,6 +110,7 @@ class DiffusionStage(Stage[_Rendering]):
             max_loaded=max_loaded,
             limits=limits,
             on_use=on_use,
+            watch=watch,
         )
 
     async def render(
@@ -95,7 +127,7 @@ class DiffusionStage(Stage[_Rendering]):
         Raises:
             ImageError: The bytes are no image that can be edited; MaskError: the mask does not fit it.
             ConfigError: A setting is out of range or does not fit the bundle.
-            BundleError: The guidance comes from another bundle than this stage's.
+            MixedVersionsError: The guidance comes from another bundle than this stage's.
             ModelUnavailableError: The bundle cannot be loaded.
             EngineFullError: Too many edits wait.
             DeadlineError: The time ran out.
@@ -118,28 +150,49 @@ class DiffusionStage(Stage[_Rendering]):
 
     async def stats(self) -> StageStats:
         """Figures of this stage object only; other replicas have their own."""
-        loaded = self._pool.models()
         return StageStats(
-            replica=self._replica,
-            pid=os.getpid(),
-            loaded=tuple(loaded),
-            work=_together([*self._closed_stats, *(one.engine.stats() for one in loaded.values())]),
+            replica=self._replica, pid=os.getpid(), loaded=tuple(self._pool.models()), work=self._engine_stats()
         )
 
     def recent_batches(self) -> list[tuple[Any, ...]]:
         """Compatibility keys of the images of each recent step, by loaded bundle."""
         return [batch for one in self._pool.models().values() for batch in one.engine.recent_batches()]
 
-    def check_health(self) -> None:
-        """Raises RuntimeError when an engine's thread is gone; Ray Serve calls it and replaces the replica."""
+    async def check_health(self) -> None:
+        """Raises RuntimeError when an engine does not work; Ray Serve then replaces the replica.
+
+        Serve takes a new replica into service after its first check: the trial warms it up.
+        """
         dead = [name for name, one in self._pool.models().items() if not one.engine.is_alive()]
         # Looked up again: one that has just made room is closed on purpose.
         if not self._pool.is_open or set(dead) & set(self._pool.models()):
             raise RuntimeError(f"the worker thread of DiffusionStage has ended ({', '.join(dead) or 'closed'})")
+        for name, one in self._pool.models().items():
+            try:
+                await one.health.check()
+            except RuntimeError as error:
+                if name in self._pool.models():  # else it has just made room, and is closed on purpose
+                    raise RuntimeError(f"bundle {name!r} does not work: {error}") from error
 
     def close(self) -> None:
         """Ends the threads that run the models."""
+        super().close()
         self._pool.close()
+
+    def _engine_stats(self) -> EngineStats:
+        return _together([*self._closed_stats, *(one.engine.stats() for one in self._pool.models().values())])
+
+    def _look_at_work(self) -> Work:
+        stats = self._engine_stats()
+        return self._work_meter.look(done=stats.work_done, left=stats.work_left, has_line=stats.num_waiting > 0)
+
+    def _samples(self) -> Iterator[Sample]:
+        stats = self._engine_stats()
+        yield WAITING, stats.num_waiting, {}
+        yield RUNNING, stats.num_in_flight, {}
+        yield PIXELS_IN_FLIGHT, stats.pixels_in_flight, {}
+        yield STEPS, stats.num_steps, {}
+        yield CANCELS, stats.num_cancelled, {}
 
     def _close(self, one: _Rendering) -> None:
         one.engine.close()
@@ -149,6 +202,7 @@ class DiffusionStage(Stage[_Rendering]):
         self, renderer: Renderer, request: RenderRequest, handle: EditHandle, options: RenderOptions
     ) -> RenderedEdit:
         images = await asyncio.wrap_future(handle.result)
+        self._meter(QUEUE_SECONDS, handle.run.waiting_s)
         if options.output_wh is not None:
             images = [await asyncio.to_thread(resize, image, options.output_wh) for image in images]
         encoded = await self._encoded(images, options)
@@ -180,7 +234,7 @@ class DiffusionStage(Stage[_Rendering]):
         name = await self._named(options.model)
         bundle, mask = self._bundles[name], options.mask
         if derived.guidance.bundle != bundle.identity:
-            raise BundleError(
+            raise MixedVersionsError(
                 f"guidance comes from bundle {derived.guidance.bundle}; this stage serves {bundle.identity}"
             )
         request = RenderRequest(
@@ -191,6 +245,8 @@ class DiffusionStage(Stage[_Rendering]):
             mask=None if mask is None else await asyncio.to_thread(read_mask, mask, limits=self._limits),
         )
         async with contextlib.AsyncExitStack() as held:
+            span = held.enter_context(self._spans.span("render", options.trace))
+            span.note(num_images=options.n, num_steps=request.settings.steps)
             async with within(timeout_s, f"model {name!r} was not loaded"):
                 one = await held.enter_async_context(self._pool.use(name))
             handle = one.engine.submit(
@@ -199,9 +255,13 @@ class DiffusionStage(Stage[_Rendering]):
                 deadline=deadline,
                 num_previews=options.num_partials,
                 deterministic=options.deterministic,
+                patience_s=options.patience_s,
             )
             held.callback(handle.cancel)
+            held.enter_context(self._work_meter.edit())
             yield one.renderer, request, handle
+            run = handle.run
+            span.note(queue_s=run.waiting_s, denoise_s=run.denoise_s, mean_batch_size=run.mean_batch_size)
 
     async def _encoded(self, images: Sequence[Image.Image], options: RenderOptions) -> list[bytes]:
         return [
@@ -214,6 +274,32 @@ class DiffusionStage(Stage[_Rendering]):
         identity = self._bundles[options.model or self._default].identity
         metadata = EditMetadata(seed=seed, bundle=identity, software=SOFTWARE)
         return write_image(image, format=options.output_format, quality=quality, metadata=metadata)
+
+
+async def _try(engine: Engine, renderer: Renderer, bundle: Bundle) -> None:
+    """One edit of one step, of a blank photo with blank guidance."""
+    blank = torch.zeros(TRIAL_TOKENS, renderer.condition_dim)
+    guidance = Guidance(
+        expressive="",
+        condition=blank,
+        null_condition=blank,
+        used_fallback=False,
+        prompt_tokens=0,
+        image_tokens=0,
+        output_tokens=0,
+        bundle=bundle.identity,
+    )
+    request = RenderRequest(
+        image=Image.new("RGB", (TRIAL_SIDE_PX, TRIAL_SIDE_PX)),
+        guidance=guidance,
+        settings=bundle.config.defaults.override(steps=1),
+        seed=0,
+    )
+    handle = engine.submit(request, is_trial=True)
+    try:
+        await asyncio.wrap_future(handle.result)
+    finally:
+        handle.cancel()  # one that hangs must not come back to life
 
 
 def _together(parts: Sequence[EngineStats]) -> EngineStats:

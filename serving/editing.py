@@ -7,25 +7,33 @@ import asyncio
 import contextlib
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from mgie.config import ImageLimits
 from mgie.errors import ImageTooLargeError
+from mgie.handle import Stepped
 from mgie.images import read_image
+from serving.access.keys import Caller
+from serving.access.limits import Charge, EditLimits, pixel_steps
 from serving.backend import EditBackend, EditEvent, EditOutcome
-from serving.cancels import Board, RunningEdits
+from serving.cancels import Board, RunningEdits, owned_id
 from serving.kept import KeptResults
 from serving.schema import (
     MAX_SIDE_PX,
     MIN_SIDE_PX,
     EditCall,
     EditForm,
+    Priority,
     RequestError,
     UnknownModelError,
     edit_call,
     shown,
 )
+from serving.spans import NO_SPANS, NO_TRACE, Spans, Trace
 from serving.stage_calls import BundleInfo
+
+
+BATCH_PATIENCE_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +47,15 @@ class AcceptedEdit:
     "of this service, where the results are to be addresses; None: they are to be the files themselves"
     started_s: float
     "when the request began, by time.monotonic()"
+    owner: str = ""
+    "name of the API key, if there are any"
+    charge: Charge = field(default_factory=Charge)
+    "to that key"
+
+    @property
+    def owned_id(self) -> str:
+        """See `cancels.owned_id`."""
+        return owned_id(self.id, self.owner)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +77,26 @@ class EditService:
         limits: Of the photo and of the result.
         kept: Where results are kept; None: none are.
         board: Reaches the edits of other replicas of the ingress; None: there are none.
+        edit_limits: Of what one edit may ask for.
+        batch_patience_s: So much later an interactive edit may come and still pass a batch edit in line.
+        spans: Of the edits.
     """
 
     def __init__(
-        self, backend: EditBackend, *, limits: ImageLimits, kept: KeptResults | None = None, board: Board | None = None
+        self,
+        backend: EditBackend,
+        *,
+        limits: ImageLimits,
+        kept: KeptResults | None = None,
+        board: Board | None = None,
+        edit_limits: EditLimits = EditLimits(),  # noqa: B008  frozen
+        batch_patience_s: float = BATCH_PATIENCE_S,
+        spans: Spans = NO_SPANS,
     ) -> None:
         self._backend, self._limits, self._kept = backend, limits, kept
+        self._edit_limits, self._batch_patience_s = edit_limits, batch_patience_s
         self._models: tuple[BundleInfo, ...] = ()
+        self._spans = spans
         self.running = RunningEdits(board)
 
     async def models(self) -> tuple[BundleInfo, ...]:
@@ -76,21 +106,36 @@ class EditService:
         return self._models
 
     async def accept(
-        self, form: EditForm, *, edit_id: str, base_url: str, started_s: float, deadline: float
+        self,
+        form: EditForm,
+        *,
+        edit_id: str,
+        base_url: str,
+        started_s: float,
+        deadline: float,
+        caller: Caller | None = None,
+        priority: Priority = "interactive",
+        trace: Trace = NO_TRACE,
     ) -> AcceptedEdit:
         """What is to be done for a form.
 
         Args:
+            form: What is asked for.
             edit_id: Names the edit from now on.
             base_url: Of this service, as the client reaches it.
             started_s, deadline: By `time.monotonic()`.
+            caller: Whose key is charged; None: nobody's.
+            priority: In the stages' lines.
+            trace: To which the request belongs.
 
         Raises:
             UnknownModelError: No bundle has that name; UnknownPreviousError: there is no such result.
-            RequestError: The size does not fit the photo, or nothing is kept here.
+            RequestError: The size does not fit the photo, nothing is kept here, or it is more than may be asked for.
+            LimitError: The key has not enough left.
             ImageError: The photo cannot be edited; found here only where its size matters.
             MGIEError: The stages or the store are in trouble.
         """
+        self._edit_limits.check(form)
         bundle = named_bundle(await self.models(), form.model)
         wants_urls = form.response_format == "url"
         if self._kept is None:
@@ -100,32 +145,47 @@ class EditService:
                     value = shown(getattr(form, name))
                     message = f"{name} is {value}; this service keeps no results"
                     raise RequestError(message, param=name, code="unsupported_value")
-        image = await self._source(form)
+        image = await self._source(form, caller.key.name if caller else "")
         keeps_all = self._kept is not None and self._kept.keeps_all
+        call = edit_call(
+            form,
+            # Not by its name where there is no choice: a roll-out may replace the bundle by one of another name.
+            model=bundle.name if len(self._models) > 1 else None,
+            image=image,
+            output_wh=await self._output_wh(form, image, bundle),
+            keeps_lossless=wants_urls or (keeps_all if form.keep is None else form.keep),
+            patience_s=self._batch_patience_s if priority == "batch" else 0.0,
+            deadline=deadline,
+            trace=trace,
+        )
         return AcceptedEdit(
             id=edit_id,
-            call=edit_call(
-                form,
-                model=bundle.name,
-                image=image,
-                output_wh=await self._output_wh(form, image, bundle),
-                keeps_lossless=wants_urls or (keeps_all if form.keep is None else form.keep),
-                deadline=deadline,
-            ),
+            call=call,
             bundle=bundle,
             base_url=base_url if wants_urls else None,
             started_s=started_s,
+            owner=caller.key.name if caller else "",
+            # Last: what is refused costs nothing.
+            charge=caller.allowance.charge(pixel_steps(form, bundle)) if caller else Charge(),
         )
 
     async def edit(self, accepted: AcceptedEdit) -> DeliveredEdit:
         """Edits, and keeps what is to be kept. Raises MGIEError: see the table in `answers.py`."""
-        return await self._delivered(accepted, await self._backend.edit(accepted.call))
+        with accepted.charge.settled(), self._spans.span("edit", accepted.call.trace) as span:
+            call = replace(accepted.call, trace=span.trace)
+            # The steps are not seen from here: an edit may have done them all as soon as they may have begun.
+            outcome = await self._backend.edit(call, on_derived=accepted.charge.use)
+            return await self._delivered(accepted, outcome)
 
     async def stream(self, accepted: AcceptedEdit) -> AsyncGenerator[EditEvent | DeliveredEdit, None]:
         """The same step by step; `DeliveredEdit` is last."""
-        async with contextlib.aclosing(self._backend.stream(accepted.call)) as events:
-            async for event in events:
-                yield await self._delivered(accepted, event) if isinstance(event, EditOutcome) else event
+        with accepted.charge.settled(), self._spans.span("edit", accepted.call.trace) as span:
+            call = replace(accepted.call, trace=span.trace)
+            async with contextlib.aclosing(self._backend.stream(call)) as events:
+                async for event in events:
+                    if isinstance(event, Stepped):
+                        accepted.charge.use(event.step / event.num_steps)
+                    yield await self._delivered(accepted, event) if isinstance(event, EditOutcome) else event
 
     @contextlib.asynccontextmanager
     async def at_work(self) -> AsyncIterator[None]:
@@ -140,7 +200,7 @@ class EditService:
                 chore.cancel()
             await asyncio.wait(chores)
 
-    async def _source(self, form: EditForm) -> bytes:
+    async def _source(self, form: EditForm, owner: str) -> bytes:
         if form.image is not None:
             # Here, because the stages also get results that were kept, which are larger files than photos are.
             if len(form.image) > self._limits.max_bytes:
@@ -149,7 +209,7 @@ class EditService:
             return form.image
         assert form.previous is not None  # the form was checked
         assert self._kept is not None
-        return await self._kept.previous(form.previous)
+        return await self._kept.previous(form.previous, owner=owner)
 
     async def _output_wh(self, form: EditForm, image: bytes, bundle: BundleInfo) -> tuple[int, int] | None:
         if form.size == "auto":
@@ -166,7 +226,7 @@ class EditService:
         if not accepted.call.keeps_lossless:
             return DeliveredEdit(outcome=outcome)
         assert self._kept is not None
-        kept = await self._kept.keep(accepted.id, accepted.call, outcome)
+        kept = await self._kept.keep(accepted.id, accepted.call, outcome, owner=accepted.owner)
         base_url = accepted.base_url
         urls = [] if base_url is None else [self._kept.url(file, base_url) for file in kept.files]
         return DeliveredEdit(outcome=outcome, urls=urls, kept_until=kept.expires_s)

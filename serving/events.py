@@ -50,7 +50,7 @@ async def event_stream(request: Request, accepted: AcceptedEdit, service: EditSe
             frames.put_nowait(error)
         frames.put_nowait(None)
 
-    producer = asyncio.create_task(unless_gone(request, service.running.run(accepted.id, produce())))
+    producer = asyncio.create_task(unless_gone(request, service.running.run(accepted.owned_id, produce())))
     producer.add_done_callback(ended)
     try:
         first = await frames.get()

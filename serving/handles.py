@@ -17,11 +17,12 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
-from mgie.errors import EngineFullError
+from mgie.errors import EngineFullError, MGIEError
 from serving.backend import (
     READY_TIMEOUT_S,
     EditEvent,
     EditOutcome,
+    OnDerived,
     ServiceStats,
     StageUnavailableError,
     render_options,
@@ -30,10 +31,12 @@ from serving.backend import (
 )
 from serving.cancels import CancelBoard
 from serving.diffusion_stage import DiffusionStage
+from serving.metrics import RETRIES, Meter
 from serving.mllm_stage import MLLMStage
 from serving.schema import EditCall
-from serving.stage_calls import BundleInfo, Derived, RenderedEdit, StageStats
+from serving.stage_calls import BundleInfo, Derived, MixedVersionsError, RenderedEdit, StageStats
 
+ROLL_OUT_POLL_S = 0.5  # between two tries while replicas of two versions run
 MAX_STAGE_RETRIES = 2  # one for the replica that died, one for another that was about to
 
 logger = logging.getLogger("serving.handles")
@@ -46,8 +49,9 @@ class HandleBackend:
 
     Args:
         mllm, diffusion: The stages.
-        has_choice: There are several bundles: an edit goes to a replica that has its own in memory, if one is free.
         max_open: Edits under way; more are refused.
+        may_sleep: Stages may have no replica while there is nothing to do.
+        meter: Takes figures.
     """
 
     def __init__(
@@ -55,13 +59,15 @@ class HandleBackend:
         mllm: DeploymentHandle[MLLMStage],
         diffusion: DeploymentHandle[DiffusionStage],
         *,
-        has_choice: bool,
         max_open: int,
+        may_sleep: bool,
+        meter: Meter,
     ) -> None:
         self._mllm = mllm
         self._diffusion = diffusion
-        self._has_choice = has_choice
+        self._may_sleep, self._meter = may_sleep, meter
         self._max_open, self._num_open = max_open, 0
+        self._waking: asyncio.Task[None] | None = None
 
     @contextlib.contextmanager
     def _admitted(self) -> Iterator[None]:
@@ -79,7 +85,8 @@ class HandleBackend:
             self._num_open -= 1
 
     def _for(self, stage: DeploymentHandle[Any], call: EditCall) -> Any:
-        return stage.options(multiplexed_model_id=call.model) if self._has_choice else stage
+        """Of several bundles: with a replica first that has the edit's own in memory."""
+        return stage if call.model is None else stage.options(multiplexed_model_id=call.model)
 
     async def _derive(self, call: EditCall, image: "ray.ObjectRef[bytes]") -> "_Called":
         return await _call(
@@ -89,18 +96,37 @@ class HandleBackend:
                 call.expressive,
                 model=call.model,
                 deterministic=call.deterministic,
+                patience_s=call.patience_s,
                 timeout_s=seconds_left(call),
+                trace=call.trace,
             )
         )
 
-    async def edit(self, call: EditCall) -> EditOutcome:
-        """See `EditBackend`."""
-        with self._admitted():
-            return await self._edit(call)
+    def _wake_diffusion(self) -> None:
+        """Has a sleeping diffusion stage start now, beside the MLLM's, rather than when there is guidance."""
 
-    async def _edit(self, call: EditCall) -> EditOutcome:
-        image = ray.put(call.image)
+        async def ask() -> None:
+            with contextlib.suppress(MGIEError):  # the edit itself will find out
+                await _models_of(self._diffusion)
+
+        if self._may_sleep and (self._waking is None or self._waking.done()):
+            self._waking = asyncio.create_task(ask())
+
+    async def edit(self, call: EditCall, *, on_derived: OnDerived = lambda: None) -> EditOutcome:
+        """See `EditBackend`. During a roll-out it is begun again until both stages serve the same bundle."""
+        with self._admitted():
+            self._wake_diffusion()
+            image = ray.put(call.image)
+            while True:
+                try:
+                    return await self._edit(call, image, on_derived)
+                except MixedVersionsError as error:
+                    logger.info("an edit is begun again: %s", error)
+                await asyncio.sleep(ROLL_OUT_POLL_S)
+
+    async def _edit(self, call: EditCall, image: "ray.ObjectRef[bytes]", on_derived: OnDerived) -> EditOutcome:
         mllm = await self._derive(call, image)
+        on_derived()
         # Awaited, though a handle accepts unfinished arguments: the words are part of the answer, a failure belongs to
         # its stage, and only finished derivations may count as load of the diffusion stage. (Ray 2.60 sees to the last
         # point by itself: it queues a call when its arguments are there.)
@@ -113,11 +139,11 @@ class HandleBackend:
                 timeout_s=seconds_left(call),
             )
         )
-        return EditOutcome(
-            derived=mllm.result,
-            rendered=diffusion.result,
-            retries={"mllm": mllm.num_retries, "diffusion": diffusion.num_retries},
-        )
+        retries = {"mllm": mllm.num_retries, "diffusion": diffusion.num_retries}
+        for stage, num_retries in retries.items():
+            if num_retries:
+                self._meter(RETRIES, num_retries, stage=stage)
+        return EditOutcome(derived=mllm.result, rendered=diffusion.result, retries=retries)
 
     async def stream(self, call: EditCall) -> AsyncGenerator[EditEvent, None]:
         """See `EditBackend`. A replica that dies under the diffusion ends the stream: half of it has been sent."""
@@ -127,7 +153,20 @@ class HandleBackend:
                     yield event
 
     async def _stream(self, call: EditCall) -> AsyncGenerator[EditEvent, None]:
+        self._wake_diffusion()
         image = ray.put(call.image)
+        while True:
+            try:
+                async with contextlib.aclosing(self._stream_once(call, image)) as events:
+                    async for event in events:
+                        yield event
+            except MixedVersionsError as error:  # comes before all events but `Derived`
+                logger.info("an edit is begun again: %s", error)
+                await asyncio.sleep(ROLL_OUT_POLL_S)
+            else:
+                return
+
+    async def _stream_once(self, call: EditCall, image: "ray.ObjectRef[bytes]") -> AsyncGenerator[EditEvent, None]:
         mllm = await self._derive(call, image)
         derived: Derived = mllm.result
         yield derived
@@ -146,23 +185,27 @@ class HandleBackend:
             events.cancel()
 
     async def models(self) -> tuple[BundleInfo, ...]:
-        """See `EditBackend`."""
-        mllm, diffusion = await asyncio.gather(
-            _call(lambda _: self._mllm.models.remote()), _call(lambda _: self._diffusion.models.remote())
-        )
-        return same_bundles(mllm.result, diffusion.result)
+        """See `EditBackend`. It wakes sleeping stages, and waits for the end of a roll-out."""
+        while True:
+            mllm, diffusion = await asyncio.gather(_models_of(self._mllm), _models_of(self._diffusion))
+            with contextlib.suppress(MixedVersionsError):
+                return same_bundles(mllm, diffusion)
+            await asyncio.sleep(ROLL_OUT_POLL_S)
+
+    async def check_ready(self) -> None:
+        """See `EditBackend`. It wakes no stage: an edit will."""
+        replicas = await _replicas() if self._may_sleep else {}
+        stages = (self._mllm, self._diffusion)
+        await asyncio.gather(*(_models_of(stage) for stage in stages if not _is_asleep(stage, replicas)))
 
     async def stats(self) -> ServiceStats:
-        """See `EditBackend`."""
-        mllm, diffusion, status = await asyncio.gather(
-            _stats_of(self._mllm), _stats_of(self._diffusion), asyncio.to_thread(serve.status)
-        )
-        deployments = status.applications[serve.get_replica_context().app_name].deployments
-        # Plain strings, though Serve's types promise its enumeration.
-        replicas = {
-            name: {str(getattr(state, "value", state)): number for state, number in details.replica_states.items()}
-            for name, details in deployments.items()
-        }
+        """See `EditBackend`. It wakes no stage."""
+        replicas = await _replicas()
+
+        async def of(stage: DeploymentHandle[Any]) -> StageStats | None:
+            return None if _is_asleep(stage, replicas) else await _stats_of(stage)
+
+        mllm, diffusion = await asyncio.gather(of(self._mllm), of(self._diffusion))
         return ServiceStats(mllm=mllm, diffusion=diffusion, replicas=replicas)
 
 
@@ -218,6 +261,28 @@ async def _call(send: Callable[[int], Any]) -> _Called:
         except _LOST as error:
             logger.warning("a stage replica died under a call, which is repeated: %s", error)
     raise StageUnavailableError(f"replicas died under each of {MAX_STAGE_RETRIES + 1} tries")
+
+
+async def _models_of(stage: DeploymentHandle[Any]) -> tuple[BundleInfo, ...]:
+    models: tuple[BundleInfo, ...] = (await _call(lambda _: stage.models.remote())).result
+    return models
+
+
+async def _replicas() -> dict[str, dict[str, int]]:
+    """Number of replicas by deployment and state."""
+    status = await asyncio.to_thread(serve.status)
+    deployments = status.applications[serve.get_replica_context().app_name].deployments
+    # Plain strings, though Serve's types promise its enumeration.
+    return {
+        name: {str(getattr(state, "value", state)): number for state, number in details.replica_states.items()}
+        for name, details in deployments.items()
+    }
+
+
+def _is_asleep(stage: DeploymentHandle[Any], replicas: Mapping[str, Mapping[str, int]]) -> bool:
+    """Whether the stage has no replica that works or is coming: a question would wake it."""
+    states = replicas.get(stage.deployment_name)
+    return states is not None and not any(states.get(state) for state in ("STARTING", "UPDATING", "RUNNING"))
 
 
 async def _stats_of(stage: DeploymentHandle[Any]) -> StageStats | None:

@@ -5,29 +5,37 @@ one made of the same stages in process.
 """
 
 import asyncio
+import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, TypeVar
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse
-from fastapi.staticfiles import StaticFiles
+from fastapi.responses import JSONResponse
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 from mgie.config import ImageLimits
 from mgie.errors import DeadlineError, MGIEError
+from serving.access.gate import AccessMiddleware, watched
+from serving.access.keys import KeyRing
+from serving.access.limits import EditLimits
 from serving.answers import answer_error, edit_response
 from serving.artifacts import ARTIFACT_PATH, ArtifactMissingError
 from serving.backend import READY_TIMEOUT_S, EditBackend, ServiceStats, StageUnavailableError
 from serving.bodies import FORM_TYPE, JSON_TYPE, read_form
-from serving.cancels import Board
-from serving.connection import BoundaryMiddleware, unless_gone
+from serving.cancels import Board, owned_id
+from serving.connection import BoundaryMiddleware, MeterMiddleware, unless_gone
 from serving.events import event_stream
+from serving.jobs.routes import JOB_ANSWERS, JOB_HEADERS, JobDesk, Told, check_no_job, is_job
+from serving.jobs.runner import JobRunner, JobSettings
+from serving.jobs.store import JobStore
 from serving.kept import KeptResults
+from serving.logs import LogMiddleware
+from serving.metrics import Meter, unmetered
 from serving.schema import (
     FORM_OVERHEAD_BYTES,
     EditResponse,
@@ -39,12 +47,16 @@ from serving.schema import (
     form_schema,
     json_schema,
 )
-from serving.editing import EditService
+from serving.editing import BATCH_PATIENCE_S, EditService
+from serving.spans import NO_SPANS, TRACE_HEADERS, Spans
 from serving.stage import DEFAULT_LIMITS
+from serving.website import add_page
 
 T = TypeVar("T")
 
-PAGE = Path(__file__).parent / "page"
+logger = logging.getLogger("serving.ingress")
+
+EDITS_PATH = "/v1/images/edits"
 
 
 def build_api(
@@ -53,9 +65,17 @@ def build_api(
     timeout_s: float,
     limits: ImageLimits = DEFAULT_LIMITS,
     kept: KeptResults | None = None,
+    jobs: JobStore | None = None,
+    job_settings: JobSettings = JobSettings(),  # noqa: B008  frozen
     board: Board | None = None,
     public_url: str | None = None,
     adds_request_id: bool = True,
+    meter: Meter = unmetered,
+    spans: Spans = NO_SPANS,
+    keys: KeyRing | None = None,
+    edit_limits: EditLimits = EditLimits(),  # noqa: B008  frozen
+    batch_patience_s: float = BATCH_PATIENCE_S,
+    logs_prompts: bool = False,
 ) -> FastAPI:
     """The HTTP application.
 
@@ -64,15 +84,38 @@ def build_api(
         timeout_s: Deadline of an edit, from its first byte; a request may ask for a shorter one.
         limits: Of the image; the body may be slightly larger.
         kept: Where results are kept; None: what needs it is refused.
+        jobs: Where jobs are; None: none are accepted.
+        job_settings: How they are run.
         board: Reaches the edits of other replicas of this application.
         public_url: Where clients reach the service; None: as the request says.
         adds_request_id: See `BoundaryMiddleware`.
+        meter: Takes figures of the answers.
+        spans: Of the edits.
+        keys: Who may use it; None: everybody.
+        edit_limits: Of what one edit may ask for.
+        batch_patience_s: See `EditService`.
+        logs_prompts: Write the words of users into the log, too.
     """
-    service = EditService(backend, limits=limits, kept=kept, board=board)
+    service = EditService(
+        backend,
+        limits=limits,
+        kept=kept,
+        board=board,
+        edit_limits=edit_limits,
+        batch_patience_s=batch_patience_s,
+        spans=spans,
+    )
 
-    @asynccontextmanager
+    runner = desk = None
+    if jobs is not None:
+        runner = JobRunner(jobs, backend, service, settings=job_settings, teller=Told())
+        desk = JobDesk(jobs, runner, service, settings=job_settings, public_url=public_url)
+
+    @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with service.at_work():
+        if keys is None:
+            logger.warning("there are no API keys: the service is open to everybody who reaches its port")
+        async with watched(keys), service.at_work(), runner.at_work() if runner else contextlib.nullcontext():
             yield
 
     api = FastAPI(
@@ -80,26 +123,34 @@ def build_api(
         description="Edits photos by instruction; the edit endpoint speaks OpenAI's image edit protocol.",
         version="1",
         lifespan=lifespan,
+        responses=_documented(401, 429),
+        # For the document alone: the gate has decided long before.
+        dependencies=[Depends(HTTPBearer(auto_error=False, description="An API key, where the service has keys"))],
     )
+    api.add_middleware(AccessMiddleware, keys=keys)
     api.add_middleware(
         BoundaryMiddleware, max_body_bytes=limits.max_bytes + FORM_OVERHEAD_BYTES, adds_request_id=adds_request_id
     )
+    api.add_middleware(MeterMiddleware, meter=meter, path=EDITS_PATH)
+    api.add_middleware(LogMiddleware)  # added last: outside of all others
     for kind in (MGIEError, HTTPException, RequestValidationError):
         api.add_exception_handler(kind, _handle)
     started_at = int(time.time())
 
     @api.post(
-        "/v1/images/edits",
+        EDITS_PATH,
         summary="Edit a photo by instruction",
         responses={
             200: {"model": EditResponse, "content": {"text/event-stream": {}}},
-            **_documented(400, 404, 409, 413, 415, 429, 500, 503, 504),
+            **JOB_ANSWERS,
+            **_documented(400, 404, 409, 413, 415, 422, 429, 500, 503, 504),
         },
         openapi_extra={
+            "parameters": JOB_HEADERS,
             "requestBody": {
                 "required": True,
                 "content": {FORM_TYPE: {"schema": form_schema()}, JSON_TYPE: {"schema": json_schema()}},
-            }
+            },
         },
     )
     async def edit_image(request: Request) -> Response:
@@ -108,7 +159,13 @@ def build_api(
         deadline = asyncio.timeout_at(asyncio.get_running_loop().time() + timeout_s)
         try:
             async with deadline:
+                wants_job = is_job(request, has_jobs=desk is not None)
                 form = await read_form(request)
+                if logs_prompts:
+                    request.state.logged_words = {"prompt": form.prompt, "expressive": form.expressive}
+                if desk is not None and wants_job:
+                    return await desk.accept(request, form)
+                check_no_job(form)
                 if form.timeout_s is not None:
                     if form.timeout_s > timeout_s:
                         raise RequestError(
@@ -124,10 +181,13 @@ def build_api(
                     base_url=public_url or str(request.base_url),
                     started_s=started_s,
                     deadline=started_s + allowed_s,
+                    caller=request.state.caller,
+                    priority=request.state.priority or "interactive",
+                    trace={name: request.headers[name] for name in TRACE_HEADERS if name in request.headers},
                 )
                 if form.stream:
                     return await event_stream(request, accepted, service)
-                work = service.running.run(accepted.id, service.edit(accepted))
+                work = service.running.run(accepted.owned_id, service.edit(accepted))
                 delivered = await unless_gone(request, work)
         except TimeoutError as error:
             if not deadline.expired():
@@ -137,14 +197,14 @@ def build_api(
         return JSONResponse(edit_response(accepted, delivered).model_dump(exclude={"data": {"__all__": {absent}}}))
 
     @api.delete(
-        "/v1/images/edits/{edit_id}",
+        EDITS_PATH + "/{edit_id}",
         summary="Cancel an edit that runs",
         description="Named by the `x-request-id` of its request; its own client gets status 409.",
         status_code=204,
         responses=_documented(404, 503),
     )
-    async def cancel_edit(edit_id: str) -> None:
-        if not await service.running.cancel(edit_id):
+    async def cancel_edit(edit_id: str, request: Request) -> None:
+        if not await service.running.cancel(owned_id(edit_id, request.state.owner)):
             raise HTTPException(404, "no edit of this id is running; it may have ended")
 
     @api.get(
@@ -188,20 +248,16 @@ def build_api(
 
     @api.get("/readyz", summary="Both stages answer", responses=_documented(503))
     async def readyz() -> dict[str, str]:
-        await _soon(backend.models)
+        await _soon(backend.check_ready)
         return {"status": "ready"}
 
     @api.get("/stats", summary="Batches and replicas, for operators")
     async def stats() -> JSONResponse:
         return JSONResponse(_stats_body(await backend.stats()))
 
-    @api.get("/", include_in_schema=False)
-    async def page() -> FileResponse:
-        return FileResponse(
-            PAGE / "index.html", headers={"content-security-policy": "default-src 'self'; img-src 'self' blob: data:"}
-        )
-
-    api.mount("/page", StaticFiles(directory=PAGE), name="page")
+    if desk is not None:
+        api.include_router(desk.router())
+    add_page(api)
     return api
 
 

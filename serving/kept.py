@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from serving.artifacts import Artifact, ArtifactMissingError, ArtifactStore, EditFacts
 from serving.backend import EditOutcome
 from serving.blobs import StoreError
+from serving.cancels import owned_id
 from serving.schema import EditCall, UnknownPreviousError, shown
 
 logger = logging.getLogger("serving.kept")
@@ -31,6 +32,8 @@ class Kept:
 
     files: Sequence[str]
     "ids of the artifacts that hold the results as the client asked for them, in the order of their seeds"
+    lossless: Sequence[str]
+    "ids of those that the next turn goes on from; none if nothing lossless was made"
     expires_s: int
     "Unix time"
 
@@ -47,25 +50,40 @@ class KeptResults:
         self._store = store
         self.keeps_all = keeps_all
 
-    async def keep(self, edit_id: str, call: EditCall, outcome: EditOutcome) -> Kept:
+    async def keep(self, edit_id: str, call: EditCall, outcome: EditOutcome, *, owner: str = "") -> Kept:
         """Keeps the results of an edit whose call has `keeps_lossless`; a repeated id stands for its last edit.
+
+        Args:
+            edit_id: Only together with the owner it names the edit: clients may choose it.
+            call: The edit.
+            outcome: What came of it.
+            owner: Name of the API key, if there are any.
 
         Raises:
             StoreError: The store is in trouble.
         """
-        return await asyncio.to_thread(self._keep, edit_id, call, outcome)
+        return await asyncio.to_thread(self._keep, _document_name(edit_id, owner), call, outcome)
 
-    async def previous(self, name: str) -> bytes:
-        """The PNG of an earlier result.
+    async def store(self, call: EditCall, outcome: EditOutcome, *, is_durable: bool = False) -> Kept:
+        """The same without a name: nobody finds them but by the ids returned.
+
+        Args:
+            is_durable: See `ArtifactStore.put`.
+        """
+        return await asyncio.to_thread(self._store_images, call, outcome, is_durable=is_durable)
+
+    async def previous(self, name: str, *, owner: str = "") -> bytes:
+        """The PNG of an earlier result of the same owner.
 
         Args:
             name: Id of its edit; `id:1` is the second of several results.
+            owner: As when it was kept.
 
         Raises:
             UnknownPreviousError: It was not kept, or is not there any more.
             StoreError: The store is in trouble.
         """
-        return await asyncio.to_thread(self._previous, name)
+        return await asyncio.to_thread(self._previous, name, owner)
 
     async def read(self, artifact_id: str) -> tuple[Artifact, bytes]:
         """A file and its record.
@@ -90,10 +108,20 @@ class KeptResults:
             except StoreError as error:
                 logger.warning("expired results could not be deleted: %s", error)
 
-    def _keep(self, edit_id: str, call: EditCall, outcome: EditOutcome) -> Kept:
+    def _keep(self, name: str, call: EditCall, outcome: EditOutcome) -> Kept:
+        kept = self._store_images(call, outcome, is_durable=False)
+        content = {"results": kept.lossless}
+        if self._store.create("edit", name, content) is None:
+            old = self._store.find("edit", name)
+            if old is None or self._store.replace(old, content) is None:
+                logger.warning("two edits with the same id were kept at once; one of them cannot be found by it")
+        return kept
+
+    def _store_images(self, call: EditCall, outcome: EditOutcome, *, is_durable: bool) -> Kept:
         rendered, guidance = outcome.rendered, outcome.derived.guidance
         files, lossless, expiries_s = [], [], []
-        for i, (image, png) in enumerate(zip(rendered.images, rendered.lossless, strict=True)):
+        pngs: Sequence[bytes | None] = rendered.lossless or [None] * len(rendered.images)
+        for i, (image, png) in enumerate(zip(rendered.images, pngs, strict=True)):
             facts = EditFacts(
                 seed=call.seed + i,
                 settings=asdict(rendered.settings),
@@ -102,29 +130,36 @@ class KeptResults:
                 source=None,
             )
             # Of a PNG both are the same.
-            contents = {"image/png": png, f"image/{call.output_format}": image}
+            contents = {} if png is None else {"image/png": png}
+            contents[f"image/{call.output_format}"] = image
             for content_type, data in contents.items():
                 artifact = self._store.put(
-                    data, content_type=content_type, width=rendered.width, height=rendered.height, edit=facts
+                    data,
+                    content_type=content_type,
+                    width=rendered.width,
+                    height=rendered.height,
+                    edit=facts,
+                    is_durable=is_durable,
                 )
                 expiries_s.append(artifact.expires_s)
-                if content_type == "image/png":
+                if png is not None and content_type == "image/png":
                     lossless.append(artifact.id)
             files.append(artifact.id)
-        name = _document_name(edit_id)
-        if self._store.create("edit", name, {"results": lossless}) is None:
-            old = self._store.find("edit", name)
-            if old is None or self._store.replace(old, {"results": lossless}) is None:
-                logger.warning("two edits with the same id were kept at once; one of them cannot be found by it")
-        return Kept(files=files, expires_s=min(expiries_s))
+        return Kept(files=files, lossless=lossless, expires_s=min(expiries_s))
 
-    def _previous(self, name: str) -> bytes:
+    def _previous(self, name: str, owner: str) -> bytes:
         match = _PREVIOUS.fullmatch(name)
         assert match is not None  # the pattern takes anything
-        document = self._store.find("edit", _document_name(match[1]))
         number = int(match[2] or 0)
-        results = document.content["results"] if document else ()
         try:
+            document = self._store.find("edit", _document_name(match[1], owner))
+            if document is None:
+                self._store.expiry_s(match[1])  # else it is no id of a job
+                # It names its results itself, from the moment that it is done.
+                document = self._store.find("job", match[1])
+                if document is not None and document.content["order"]["owner"] != owner:
+                    document = None
+            results = document.content["results"] if document else ()
             if number < len(results):
                 return self._store.read(results[number])[1]
         except ArtifactMissingError:  # expired a moment before the document
@@ -134,5 +169,5 @@ class KeptResults:
         )
 
 
-def _document_name(edit_id: str) -> str:
-    return hashlib.sha256(edit_id.encode()).hexdigest()
+def _document_name(edit_id: str, owner: str) -> str:
+    return hashlib.sha256(owned_id(edit_id, owner).encode()).hexdigest()

@@ -4,20 +4,29 @@ import asyncio
 import itertools
 import os
 from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 
 from mgie.conditioner import Conditioner, EditRequest, Guidance
 from mgie.config import ImageLimits
 from mgie.guidance_cache import GuidanceCache, guidance_key
 from serving.batcher import BatchRun, GreedyBatcher
-from serving.stage import DEFAULT_LIMITS, Stage, open_bundles, within
+from serving.metrics import CACHE_REQUESTS, CANCELS, DERIVE_SECONDS, QUEUE_SECONDS, RUNNING, WAITING, Sample
+from serving.scaling import Work
+from serving.spans import NO_TRACE, Trace
+from serving.stage import DEFAULT_LIMITS, UNWATCHED, Stage, Watch, open_bundles, within
 from serving.stage_calls import Derived, StageStats
 
 DEFAULT_CACHE_BYTES = 64 * 2**20  # of guidance: some 250 edits of a 7B bundle
 
+TRIAL_SIDE_PX = 32
+TRIAL_WORDS = "make it brighter"
+
+_OUTPUT_AVERAGED = 20  # edits, over which the length of what the MLLM writes is averaged
 _LENGTH_TOKENS = 32  # prompts are batched by length in such steps: that much padding costs less than one more batch
 
 
@@ -43,6 +52,7 @@ class MLLMStage(Stage[Conditioner]):
         num_threads: Threads of torch on the CPU.
         limits: What an input image may be.
         on_use: Told the name of the bundle before each use.
+        watch: Who gets its figures, and when it has to show that it works.
 
     Raises:
         BundleError: A bundle is missing or damaged, lacks a part, or two have the same name.
@@ -62,7 +72,16 @@ class MLLMStage(Stage[Conditioner]):
         num_threads: int = 1,
         limits: ImageLimits = DEFAULT_LIMITS,
         on_use: Callable[[str], Awaitable[object]] | None = None,
+        watch: Watch = UNWATCHED,
     ) -> None:
+        self._num_threads = num_threads
+        self._cache = GuidanceCache(cache_bytes)
+        self._numbers = itertools.count()  # of edits that share no batch
+        self._tokens_left = self._tokens_done = self._output_tokens = 0.0
+        self._is_warm = False
+        self._worker: GreedyBatcher[_Derivation, Guidance] = GreedyBatcher(
+            self._derive_batch, key=lambda item: item.key, max_batch_size=max_batch_size, name="mllm"
+        )
         super().__init__(
             open_bundles(bundle, bundles),
             load=lambda one: one.load_conditioner(device=device, dtype=dtype),
@@ -70,13 +89,9 @@ class MLLMStage(Stage[Conditioner]):
             max_loaded=max_loaded,
             limits=limits,
             on_use=on_use,
+            watch=watch,
         )
-        self._num_threads = num_threads
-        self._cache = GuidanceCache(cache_bytes)
-        self._numbers = itertools.count()  # of edits that share no batch
-        self._worker: GreedyBatcher[_Derivation, Guidance] = GreedyBatcher(
-            self._derive_batch, key=lambda item: item.key, max_batch_size=max_batch_size, name="mllm"
-        )
+        self._health = watch.health(self._try)
 
     async def derive(
         self,
@@ -86,7 +101,9 @@ class MLLMStage(Stage[Conditioner]):
         *,
         model: str | None = None,
         deterministic: bool = False,
+        patience_s: float = 0.0,
         timeout_s: float | None = None,
+        trace: Trace = NO_TRACE,
     ) -> Derived:
         """Guidance of one edit. Cancelling the call takes it out of a running batch within a token.
 
@@ -96,7 +113,9 @@ class MLLMStage(Stage[Conditioner]):
             expressive: The expressive instruction, if the user gives it; its guidance is not kept.
             model: Name of the bundle; None = the default.
             deterministic: In a batch of its own: others in it would show in the last bits.
+            patience_s: In line it lets those pass that come so much later, and nobody after them.
             timeout_s: When to give up; None = never.
+            trace: To which the call belongs.
 
         Raises:
             ImageError: The bytes are no image that can be edited.
@@ -112,29 +131,37 @@ class MLLMStage(Stage[Conditioner]):
             nonlocal run
             request = EditRequest(image=await self._read(image), instruction=instruction, expressive=expressive)
             async with self._pool.use(name) as conditioner:
-                length = await asyncio.to_thread(conditioner.num_prompt_tokens, request) // _LENGTH_TOKENS
+                num_tokens = await asyncio.to_thread(conditioner.num_prompt_tokens, request)
                 # One forward pass reads a given text, many write one: together, the short would wait for the long.
                 kind = "generated" if expressive is None else "given"
                 alone = (next(self._numbers),) if deterministic else ()
-                key = (identity, kind, length, *alone)
-                batched = await self._worker.submit(_Derivation(request=request, conditioner=conditioner, key=key))
+                key = (identity, kind, num_tokens // _LENGTH_TOKENS, *alone)
+                with self._counted(num_tokens + (self._output_tokens if expressive is None else 0.0)):
+                    batched = await self._worker.submit(
+                        _Derivation(request=request, conditioner=conditioner, key=key), patience_s=patience_s
+                    )
             run = batched.run
+            self._note(batched.result, run, is_written=expressive is None)
             return batched.result
 
-        async with within(timeout_s, "guidance was not derived"):
-            if expressive is None:
-                key = await asyncio.to_thread(
-                    guidance_key,
-                    image,
-                    instruction,
-                    expressive=None,
-                    generation=None,
-                    bundle=identity,
-                    is_alone=deterministic,
-                )
-                guidance = await self._cache.get(key, derive)
-            else:
-                guidance = await derive()
+        with self._spans.span("derive", trace) as span:
+            async with within(timeout_s, "guidance was not derived"):
+                if expressive is None:
+                    key = await asyncio.to_thread(
+                        guidance_key,
+                        image,
+                        instruction,
+                        expressive=None,
+                        generation=None,
+                        bundle=identity,
+                        is_alone=deterministic,
+                    )
+                    guidance = await self._cache.get(key, derive)
+                else:
+                    guidance = await derive()
+            span.note(is_cached=run is None, num_output_tokens=guidance.output_tokens)
+            if run is not None:
+                span.note(queue_s=run.queue_s, batch_size=run.batch_size)
         return Derived(guidance=guidance, replica=self._replica, run=run)
 
     async def stats(self) -> StageStats:
@@ -151,13 +178,18 @@ class MLLMStage(Stage[Conditioner]):
         """Compatibility keys of the items of each recent batch."""
         return self._worker.recent_batches()
 
-    def check_health(self) -> None:
-        """Raises RuntimeError when the model's thread is gone; Ray Serve calls it and replaces the replica."""
+    async def check_health(self) -> None:
+        """Raises RuntimeError when the model does not work; Ray Serve then replaces the replica.
+
+        Serve takes a new replica into service after its first check: the trial warms it up.
+        """
         if not self._worker.is_alive():
             raise RuntimeError("the worker thread of MLLMStage has ended")
+        await self._health.check()
 
     def close(self) -> None:
         """Ends the thread that runs the models."""
+        super().close()
         self._worker.close()
         self._pool.close()
 
@@ -169,4 +201,55 @@ class MLLMStage(Stage[Conditioner]):
         if torch.get_num_threads() != self._num_threads:
             torch.set_num_threads(self._num_threads)
         conditioner = items[0].conditioner  # that of all: they are of one bundle
-        yield from enumerate(conditioner.derive([item.request for item in items], is_wanted=is_wanted))
+
+        def is_still_wanted(index: int) -> bool:  # asked before each token
+            self._health.note_work()
+            return is_wanted(index)
+
+        yield from enumerate(conditioner.derive([item.request for item in items], is_wanted=is_still_wanted))
+
+    async def _try(self) -> None:
+        """Derives guidance for a given text: one pass, before all that waits. The first time the MLLM writes, too."""
+        models = self._pool.models()
+        if not models:  # the only one is being replaced
+            return
+        request = EditRequest(
+            image=Image.new("RGB", (TRIAL_SIDE_PX, TRIAL_SIDE_PX)),
+            instruction=TRIAL_WORDS,
+            expressive=TRIAL_WORDS if self._is_warm else None,
+        )
+        *_, conditioner = models.values()
+        await self._worker.submit(
+            _Derivation(request=request, conditioner=conditioner, key=("trial", next(self._numbers))), is_urgent=True
+        )
+        self._is_warm = True
+
+    @contextmanager
+    def _counted(self, num_tokens: float) -> Iterator[None]:
+        self._tokens_left += num_tokens
+        try:
+            with self._work_meter.edit():
+                yield
+        finally:
+            self._tokens_left -= num_tokens
+
+    def _note(self, guidance: Guidance, run: BatchRun, *, is_written: bool) -> None:
+        """Figures of a derivation that is done."""
+        self._tokens_done += guidance.prompt_tokens + guidance.image_tokens + guidance.output_tokens
+        if is_written:
+            change = guidance.output_tokens - self._output_tokens
+            self._output_tokens += change / _OUTPUT_AVERAGED if self._output_tokens else change
+        self._meter(QUEUE_SECONDS, run.queue_s)
+        self._meter(DERIVE_SECONDS, run.run_s)
+
+    def _look_at_work(self) -> Work:
+        has_line = self._worker.stats().num_waiting > 0
+        return self._work_meter.look(done=self._tokens_done, left=self._tokens_left, has_line=has_line)
+
+    def _samples(self) -> Iterator[Sample]:
+        work, cache = self._worker.stats(), self._cache.stats()
+        yield WAITING, work.num_waiting, {}
+        yield RUNNING, work.num_running, {}
+        yield CANCELS, work.num_dropped + work.num_cancelled, {}
+        for result, count in (("hit", cache.num_hits), ("joined", cache.num_joined), ("miss", cache.num_misses)):
+            yield CACHE_REQUESTS, count, {"result": result}

@@ -18,7 +18,7 @@ from PIL import Image
 from mgie.config import ImageLimits
 from mgie.errors import ConfigError, MGIEError
 from mgie.images import read_image
-from serving.backend import EditBackend, EditEvent, EditOutcome, ServiceStats
+from serving.backend import EditBackend, EditEvent, EditOutcome, OnDerived, ServiceStats
 from serving.schema import EditCall
 from serving.stage_calls import BundleInfo, Partial
 
@@ -73,10 +73,10 @@ class CheckedBackend:
         self._backend, self._check = backend, check
         self._limits = replace(limits, max_bytes=sys.maxsize)  # the ingress has counted an upload's
 
-    async def edit(self, call: EditCall) -> EditOutcome:
+    async def edit(self, call: EditCall, *, on_derived: OnDerived = lambda: None) -> EditOutcome:
         """See `EditBackend`. Raises ContentPolicyError and SafetyCheckError, too."""
         await self._ask(call, call.image, "input")
-        outcome = await self._backend.edit(call)
+        outcome = await self._backend.edit(call, on_derived=on_derived)
         await self._ask_of_results(call, outcome)
         return outcome
 
@@ -94,6 +94,10 @@ class CheckedBackend:
     async def models(self) -> tuple[BundleInfo, ...]:
         """See `EditBackend`."""
         return await self._backend.models()
+
+    async def check_ready(self) -> None:
+        """See `EditBackend`."""
+        await self._backend.check_ready()
 
     async def stats(self) -> ServiceStats:
         """See `EditBackend`."""

@@ -5,7 +5,7 @@ and the error messages are derived from it. Knows nothing of routes, stages or R
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
@@ -18,6 +18,7 @@ from mgie.editor import random_seed
 from mgie.engine import MAX_IMAGES as MAX_RESULTS
 from mgie.errors import MGIEError
 from mgie.images import OutputFormat
+from serving.spans import NO_TRACE, Trace
 
 MAX_IMAGES = 16  # what the OpenAI SDK may send in a list; one is used, more get an error that says so
 MAX_FIELDS = 64
@@ -156,17 +157,23 @@ class EditForm(BaseModel):
     timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="Seconds until the edit is given up, at most the service's own limit."
     )
+    webhook_url: Annotated[str, Field(min_length=1, max_length=2048)] | None = Field(
+        None, description="With `Prefer: respond-async`: address that is told of the end of the job."
+    )
 
+
+Priority = Literal["interactive", "batch"]  # in the stages' lines
 
 FILES = ("image", "mask")
+PRIVATE_FIELDS = ("prompt", "expressive", "user")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditCall:
     """One edit as the stages need it."""
 
-    model: str
-    "name of the bundle"
+    model: str | None
+    "name of the bundle; None = the default"
     image: bytes
     "encoded photo"
     instruction: str
@@ -186,18 +193,24 @@ class EditCall:
     "size that the results are scaled to; None = the photo's"
     keeps_lossless: bool = False
     "make the results as PNG, too, and keep them"
+    patience_s: float = 0.0
+    "in each line it lets those pass that come so much later, and nobody after them"
     deadline: float
     "when to give up, by time.monotonic() of this process"
+    trace: Trace = field(default_factory=dict)
+    "to which the edit belongs"
 
 
 def edit_call(
     form: EditForm,
     *,
-    model: str,
+    model: str | None,
     image: bytes,
     output_wh: tuple[int, int] | None = None,
     keeps_lossless: bool = False,
+    patience_s: float = 0.0,
     deadline: float,
+    trace: Trace = NO_TRACE,
 ) -> EditCall:
     """What the stages get of a form; draws the seed if none is given."""
     names = ("sampler", "steps", "guidance_scale", "image_guidance_scale", "square_crop", "detail_transfer")
@@ -217,8 +230,17 @@ def edit_call(
         output_quality=form.output_compression,
         output_wh=output_wh,
         keeps_lossless=keeps_lossless,
+        patience_s=patience_s,
         deadline=deadline,
+        trace=trace,
     )
+
+
+def shown_field(name: str, value: object) -> str:
+    """A field's value as an error message shows it: the words of people are not, for messages end in many logs."""
+    if name not in PRIVATE_FIELDS:
+        return shown(value)
+    return f"text of {len(value)} characters" if isinstance(value, str) else f"of type {type(value).__name__}"
 
 
 def shown(value: object) -> str:
@@ -230,11 +252,11 @@ def shown(value: object) -> str:
 def form_schema() -> dict[str, Any]:
     """JSON schema of the form. A form cannot send `null`: optional fields are simply left out."""
     schema = EditForm.model_json_schema()
-    for field in schema["properties"].values():
-        options = [option for option in field.pop("anyOf", []) if option["type"] != "null"]
+    for described in schema["properties"].values():
+        options = [option for option in described.pop("anyOf", []) if option["type"] != "null"]
         for option in options:
-            field.update(option)
-            del field["default"]
+            described.update(option)
+            del described["default"]
     return schema | {"oneOf": [{"required": [name]} for name in ("image", "previous")]}
 
 

@@ -3,13 +3,15 @@
 A stage loads only its own parts of a bundle and owns what runs the model on threads of its own. Images are decoded and
 encoded on other threads, so that nothing blocks the event loop. Whoever cancels a call, or lets its time run out, frees
 its place. Stages know no Ray and no HTTP: `app.py` makes them deployments, tests and benchmarks use them as they are.
+Serve calls `check_health` and `record_autoscaling_stats` by their names.
 """
 
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Generic, TypeVar
 
 from PIL import Image
@@ -19,7 +21,11 @@ from mgie.checkpoint import Bundle
 from mgie.config import ImageLimits
 from mgie.errors import BundleError, ConfigError, DeadlineError
 from mgie.images import read_image
+from serving.health import Health
+from serving.metrics import LOADED_BUNDLES, WORK_LEFT, WORK_RATE, Meter, Sample, Sampler, unmetered
 from serving.model_pool import ModelPool
+from serving.scaling import Work, WorkMeter
+from serving.spans import open_spans
 from serving.stage_calls import BundleInfo
 
 DEFAULT_LIMITS = ImageLimits()
@@ -41,8 +47,29 @@ def open_bundles(bundle: str, bundles: Sequence[str] = ()) -> dict[str, Bundle]:
     return opened
 
 
-class Stage(Generic[ModelT]):
-    """What both stages share: the opened bundles, those of them that are loaded, a name."""
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """How a stage is watched."""
+
+    meter: Meter = unmetered
+    "takes its figures"
+    trial_period_s: float = 10.0
+    "for how long work that was done proves that a model works; then a trial has to"
+    trial_timeout_s: float = 30.0
+    "when a trial is taken to hang"
+    tracing: str | None = None
+    "where its spans go; see `serving.spans.open_spans`"
+
+    def health(self, trial: Callable[[], Awaitable[object]]) -> Health:
+        """Of a model that shows by `trial` that it works."""
+        return Health(trial, period_s=self.trial_period_s, timeout_s=self.trial_timeout_s)
+
+
+UNWATCHED = Watch()
+
+
+class Stage(ABC, Generic[ModelT]):
+    """What both stages share: the opened bundles, those of them that are loaded, a name, and how they are watched."""
 
     def __init__(
         self,
@@ -53,6 +80,7 @@ class Stage(Generic[ModelT]):
         max_loaded: int,
         limits: ImageLimits,
         on_use: Callable[[str], Awaitable[object]] | None,
+        watch: Watch,
     ) -> None:
         self._bundles = bundles
         self._default = next(iter(bundles))
@@ -61,6 +89,11 @@ class Stage(Generic[ModelT]):
         self._replica = secrets.token_hex(4)
         self._pool: ModelPool[ModelT] = ModelPool(lambda name: load(bundles[name]), close, max_loaded=max_loaded)
         self._pool.add(self._default, load(bundles[self._default]))
+        self._meter = watch.meter
+        self._spans = open_spans(watch.tracing, service=type(self).__name__)
+        self._work_meter = WorkMeter()
+        self._work = Work(left=0, taken=0, rate=0, per_edit=0)
+        self._sampler = None if watch.meter is unmetered else Sampler(self._all_samples, watch.meter)
 
     async def models(self) -> tuple[BundleInfo, ...]:
         """The bundles that this stage serves, the default first."""
@@ -76,6 +109,29 @@ class Stage(Generic[ModelT]):
             )
             for name, bundle in self._bundles.items()
         )
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `WorkPolicy` goes by, as Serve wants it."""
+        self._work = self._look_at_work()
+        return asdict(self._work)
+
+    def close(self) -> None:
+        """Ends all threads."""
+        if self._sampler is not None:
+            self._sampler.close()
+
+    @abstractmethod
+    def _look_at_work(self) -> Work: ...
+
+    @abstractmethod
+    def _samples(self) -> Iterator[Sample]:
+        """Figures of this moment."""
+
+    def _all_samples(self) -> Iterator[Sample]:
+        yield LOADED_BUNDLES, len(self._pool.models()), {}
+        yield WORK_LEFT, self._work.left, {}
+        yield WORK_RATE, self._work.rate, {}
+        yield from self._samples()
 
     async def _named(self, model: str | None) -> str:
         """The name of the bundle that an edit is for."""

@@ -7,10 +7,16 @@ from typing import Any
 from mgie.conditioner import Guidance
 from mgie.config import EditSettings
 from mgie.engine import EngineStats
+from mgie.errors import BundleError
 from mgie.guidance_cache import GuidanceCacheStats
 from mgie.handle import EditRun
 from mgie.images import OutputFormat
 from serving.batcher import BatcherStats, BatchRun
+from serving.spans import Trace
+
+
+class MixedVersionsError(BundleError):
+    """The two stages serve different bundles, as they do for a while during a roll-out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +46,8 @@ class RenderOptions:
     "PNG of the photo's size, transparent where it may be edited; None = everywhere"
     deterministic: bool = False
     "the same bits on this machine whoever shares the engine"
+    patience_s: float = 0.0
+    "in line it lets those pass that come so much later, and nobody after them"
     num_partials: int = 0
     "pictures of the first image on its way; only a stream shows them"
     output_format: OutputFormat = "png"
@@ -49,6 +57,8 @@ class RenderOptions:
     "size that the results are scaled to; None = the photo's"
     keeps_lossless: bool = False
     "return the results as PNG, too"
+    trace: Trace = field(default_factory=dict)
+    "to which the call belongs"
 
 
 @dataclass(frozen=True, kw_only=True)

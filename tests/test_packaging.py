@@ -9,6 +9,7 @@ import sys
 import tomllib
 import zipfile
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,8 @@ def _lock() -> dict[str, Requirement]:
 
 
 def _direct() -> list[Requirement]:
-    extras = PROJECT["optional-dependencies"]
-    return [Requirement(line) for line in PROJECT["dependencies"] + extras["dev"] + extras["heic"]]
+    extras = PROJECT["optional-dependencies"].values()
+    return [Requirement(line) for line in (*PROJECT["dependencies"], *chain(*extras))]
 
 
 def _all_needed() -> set[str]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from mgie.checkpoint import Bundle
 from mgie.conditioner import Guidance
 from mgie.config import EditSettings
-from mgie.engine import Engine, EngineClosedError
+from mgie.engine import Engine, EngineClosedError, StepDone
 from mgie.errors import ConfigError, DeadlineError, EngineFullError, ImageError, RenderError
 from mgie.guidance import Denoiser
 from mgie.handle import Done, EditHandle, Failed, Started, Stepped
@@ -603,3 +603,59 @@ def test_a_mask_holds_in_the_engine_as_in_the_renderer(
     outside = np.asarray(allowed) == 0
     assert (np.asarray(image)[outside] == np.asarray(source)[outside]).all()
     assert (np.asarray(image)[~outside] != np.asarray(source)[~outside]).any()
+
+
+def test_a_trial_passes_the_line_and_the_limit_of_pixels_and_is_in_no_figures(
+    renderer: Renderer, start: Callable[..., Engine]
+) -> None:
+    steps: list[StepDone] = []
+    engine = start(max_pixels_in_flight=3 * 64 * 64, max_waiting=1, on_step=steps.append)
+    first, second = (engine.submit(request(i, steps=5)) for i in range(2))
+    renderer.denoiser.await_call()  # the first step of the first
+    with pytest.raises(EngineFullError):
+        engine.submit(request(2))
+    trial = engine.submit(request(3, steps=1), is_trial=True)
+    await_phase(engine, [trial], "denoising")
+    renderer.denoiser.let(2)  # the step under way, and one that it shares with the trial or that is the trial's own
+    assert trial.result.result(WAIT_S)
+    assert (first.progress.phase, second.progress.phase) == ("denoising", "waiting")
+    renderer.denoiser.open()
+    assert [len(images(handle)) for handle in (first, second)] == [1, 1]
+    stats = engine.stats()
+    assert (stats.num_done, stats.num_refused, len(engine.recent_runs())) == (2, 1, 2)
+    assert (stats.work_done, stats.work_left) == (2 * 5 * 3 * 64 * 64, 0)
+    assert sum(step.rows for step in steps) == (2 * 5 + 1) * 3
+    assert all(step.seconds > 0 for step in steps)
+
+
+def test_work_left_counts_the_steps_that_are_to_come(renderer: Renderer, start: Callable[..., Engine]) -> None:
+    engine = start()
+    handle = engine.submit(request(0, steps=4), n=2)
+    seen = []
+    for step in range(4):
+        renderer.denoiser.await_call()
+        stats = engine.stats()
+        seen.append((stats.work_done, stats.work_left))
+        assert stats.work_done + stats.work_left == 4 * 2 * 3 * 64 * 64
+        if step < 3:
+            renderer.denoiser.let()
+    assert [left for _, left in seen] == [(4 - step) * 2 * 3 * 64 * 64 for step in range(4)]
+    handle.cancel()
+    assert engine.stats().work_left == 0
+
+
+def test_the_patient_let_later_ones_pass_until_their_patience_ends(
+    renderer: Renderer, start: Callable[..., Engine]
+) -> None:
+    clock = Clock()
+    engine, gate = start(clock=clock, max_pixels_in_flight=3 * 64 * 64), renderer.denoiser
+    inside = engine.submit(request(0))
+    handles = []
+    for arrives, patience_s in ((0.0, 30.0), (0.0, 0.0), (10.0, 30.0), (29.0, 0.0), (31.0, 0.0)):
+        clock.now = arrives
+        handles.append(engine.submit(request(1), patience_s=patience_s))
+    assert inside.progress.position is None
+    assert [handle.progress.position for handle in handles] == [2, 0, 4, 1, 3]
+    gate.open()
+    assert all(len(images(handle)) == 1 for handle in (inside, *handles))
+    assert_empty(engine)

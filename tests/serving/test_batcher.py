@@ -264,3 +264,39 @@ def test_closing_fails_what_waits_and_refuses_what_comes() -> None:
 def test_a_batch_size_below_one_is_refused() -> None:
     with pytest.raises(ConfigError, match="max_batch_size is 0"):
         gated(Gate(), max_batch_size=0)
+
+
+def test_the_patient_let_later_ones_pass_until_their_patience_ends() -> None:
+    gate = Gate(is_open=False)
+    batcher = gated(gate, max_batch_size=2)
+    patience = {1: 0.2, 2: 60.0, 3: 0.0, 4: 60.0, 5: 0.0, 6: 0.0}
+
+    async def main() -> None:
+        tasks = await queue_behind_one(batcher, gate, [])
+        for item, patience_s in patience.items():
+            if item == 6:
+                await asyncio.sleep(0.25)  # beyond the patience of 1, within that of 2
+            tasks.append(asyncio.create_task(batcher.submit(item, patience_s=patience_s)))
+            await asyncio.sleep(0)
+        gate.opened.set()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(main())
+    assert gate.batches == [[0], [3, 5], [1, 6], [2, 4]]
+    batcher.close()
+
+
+def test_the_urgent_go_before_all_that_wait() -> None:
+    gate = Gate(is_open=False)
+    batcher = gated(gate, max_batch_size=1)
+
+    async def main() -> None:
+        tasks = await queue_behind_one(batcher, gate, [1])
+        tasks.append(asyncio.create_task(batcher.submit(2, is_urgent=True)))
+        await asyncio.sleep(0)
+        gate.opened.set()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(main())
+    assert gate.batches == [[0], [2], [1]]
+    batcher.close()

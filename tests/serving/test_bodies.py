@@ -62,7 +62,7 @@ def test_a_json_body_says_the_same_as_a_form(image: dict[str, Any]) -> None:
         (body(image={"file_id": "file-1"}), "image", "invalid_value", "file_id"),
         (body(image={"image_url": DATA_URL, "detail": "high"}), "image", "invalid_value", "must be a URL"),
         (body(image=5), "image", "invalid_value", "image is 5"),
-        (body(prompt=5), "prompt", "invalid_value", "'prompt' is 5; it must be text"),
+        (body(prompt=5), "prompt", "invalid_value", "'prompt' is of type int; it must be text"),
         (body(prompt=["p"]), "prompt", "invalid_value", "must be text"),
         (body(prompt="\ud800"), "prompt", "invalid_value", "prompt"),
         (body(steps=True), "steps", "invalid_value", "1 to 1000"),

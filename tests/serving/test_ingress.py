@@ -5,7 +5,6 @@ import base64
 import io
 import json
 import math
-import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,7 +32,7 @@ from mgie.errors import (
 from mgie.images import read_image, read_metadata
 from serving.answers import ANSWERS, answer_error
 from serving.backend import InProcessBackend
-from serving.ingress import PAGE, build_api
+from serving.ingress import build_api
 from serving.schema import EditForm, RequestError, edit_call
 from serving.diffusion_stage import DiffusionStage
 from serving.mllm_stage import MLLMStage
@@ -449,23 +448,6 @@ def test_the_openapi_document_describes_form_answer_and_errors(client: TestClien
     assert {"200", "400", "413", "415", "504"} <= set(edit["responses"])
     assert "mgie" in document["components"]["schemas"]["EditResponse"]["properties"]
     assert client.get("/docs").status_code == 200
-
-
-def test_the_page_loads_all_it_needs_from_the_service_itself(client: TestClient) -> None:
-    page = client.get("/")
-    assert page.headers["content-type"].startswith("text/html")
-    assert "default-src 'self'" in page.headers["content-security-policy"]
-    used = re.findall(r'(?:src|href)="([^"]+)"', page.text)
-    assert {"/page/style.css", "/page/page.js"} <= set(used)
-    for path in used:
-        assert client.get(path).status_code == 200, path
-    for file in PAGE.iterdir():
-        outside = re.findall(r"https?://[^\s\"')]+", file.read_text())
-        assert set(outside) <= {"http://www.w3.org/2000/svg"}, file.name
-    ids = set(re.findall(r'id="([^"]+)"', page.text))
-    used_ids = set(re.findall(r'(?:element|show)\(\s*"([^"]+)"', (PAGE / "page.js").read_text()))
-    assert used_ids <= ids
-    assert len(used_ids) > 8
 
 
 def test_concurrent_edits_share_batches_and_say_so(mllm: MLLMStage, diffusion: DiffusionStage, photo: Photo) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from mgie.config import ImageLimits
 from serving.artifacts import ArtifactStore
 from serving.backend import InProcessBackend
 from serving.ingress import build_api
+from serving.jobs.store import JobStore
 from serving.kept import KeptResults
 from serving.diffusion_stage import DiffusionStage
 from serving.mllm_stage import MLLMStage
@@ -46,8 +48,9 @@ def test_no_request_makes_the_service_fail_or_answer_what_is_not_documented(
     from schemathesis import GenerationMode
     from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance
 
-    kept = KeptResults(ArtifactStore.open(str(tmp_path), ttl_s=3600))
-    api = build_api(InProcessBackend(mllm, diffusion), timeout_s=60, kept=kept)
+    store = ArtifactStore.open(str(tmp_path), ttl_s=3600)
+    kept, jobs = KeptResults(store), JobStore(store, limits=ImageLimits())
+    api = build_api(InProcessBackend(mllm, diffusion), timeout_s=60, kept=kept, jobs=jobs)
     schema = schemathesis.openapi.from_asgi("/openapi.json", api)
     statuses: Counter[tuple[str, int]] = Counter()
     small = photo(32, 32)
@@ -80,5 +83,8 @@ def test_no_request_makes_the_service_fail_or_answer_what_is_not_documented(
             check(operation, mode)
     record_property("cases", str(dict(statuses)))
     assert statuses["POST /v1/images/edits", 200] > 5
+    assert statuses["POST /v1/images/edits", 202] > 2
     assert statuses["POST /v1/images/edits", 400] > 5
+    assert statuses["GET /v1/edits/{job_id}", 404] > 5
+    assert statuses["DELETE /v1/edits/{job_id}", 404] > 5
     assert statuses["DELETE /v1/images/edits/{edit_id}", 404] > 5

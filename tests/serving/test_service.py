@@ -40,13 +40,14 @@ ONE_REPLICA = ServingArgs(
     diffusion_max_replicas=1,
     ingress_replicas=2,
     mllm_cache_bytes=0,
+    max_steps=1000,
     health_check_period_s=1,
 )
 AUTOSCALED = ServingArgs(
     bundle="random",
     device="cpu",
-    mllm_target_ongoing_requests=4,
-    diffusion_target_ongoing_requests=4,
+    mllm_clear_s=1,
+    diffusion_clear_s=1,
     mllm_max_batch_size=4,  # so that the derivations of 12 clients do not all end at once and pile up behind
     upscale_delay_s=1.5,
     downscale_delay_s=2,

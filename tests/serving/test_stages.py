@@ -6,6 +6,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,8 +130,8 @@ def test_a_bad_request_fails_alone(mllm: MLLMStage, diffusion: DiffusionStage, p
     assert torch.allclose(first.guidance.condition, last.guidance.condition, atol=1e-4)
     with pytest.raises(ConfigError, match="steps"):
         asyncio.run(diffusion.render(photo(), first, RenderOptions(overrides={"steps": 0}, seed=1)))
-    mllm.check_health()
-    diffusion.check_health()
+    asyncio.run(mllm.check_health())
+    asyncio.run(diffusion.check_health())
 
 
 def test_limits_of_the_service_hold_in_both_stages(tiny_bundle: Path, mllm: MLLMStage, photo: Photo) -> None:
@@ -286,10 +287,10 @@ def test_a_full_engine_says_when_to_come_back_also_from_another_process(
 @pytest.mark.parametrize("kind", [MLLMStage, DiffusionStage])
 def test_a_dead_worker_is_unhealthy(tiny_bundle: Path, kind: type[MLLMStage | DiffusionStage]) -> None:
     stage = kind(str(tiny_bundle), device="cpu")
-    stage.check_health()
+    asyncio.run(stage.check_health())
     stage.close()
     with pytest.raises(RuntimeError, match="has ended"):
-        stage.check_health()
+        asyncio.run(stage.check_health())
 
 
 def test_the_number_of_threads_is_fixed_where_the_model_runs(tiny_bundle: Path, photo: Photo) -> None:
@@ -439,7 +440,7 @@ def test_two_bundles_under_alternating_load_equal_each_served_alone(
     for stage in (mllm, diffusion):
         stats = asyncio.run(stage.stats())
         assert len(stats.loaded) == max_loaded
-        stage.check_health()
+        asyncio.run(stage.check_health())
     work = asyncio.run(diffusion.stats()).work
     assert (work.num_done, work.num_in_flight, work.num_failed) == (12, 0, 0)  # those of closed engines count
     mllm.close()
@@ -464,10 +465,63 @@ def test_a_bundle_that_cannot_be_loaded_fails_its_own_edits_by_name(
             await stage.derive(photo(), "p", model="other")
 
     asyncio.run(main())
-    stage.check_health()
+    asyncio.run(stage.check_health())
     stage.close()
 
 
 def test_bundles_of_one_name_are_refused(tiny_bundle: Path) -> None:
     with pytest.raises(BundleError, match="names must differ"):
         MLLMStage(str(tiny_bundle), [str(tiny_bundle)], device="cpu")
+
+
+def test_both_stages_serve_the_patient_after_those_who_come_later(
+    tiny_bundle: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mllm = MLLMStage(str(tiny_bundle), device="cpu", cache_bytes=0)
+    diffusion = DiffusionStage(str(tiny_bundle), device="cpu", max_pixels_in_flight=3 * 160 * 112)
+    may_begin, work = threading.Event(), mllm._worker._work
+    ended: list[str] = []
+
+    def held(*args: Any) -> Any:
+        may_begin.wait(10)
+        return work(*args)
+
+    monkeypatch.setattr(mllm._worker, "_work", held)
+
+    async def derive(name: str, patience_s: float) -> None:
+        await mllm.derive(photo(), name, deterministic=True, patience_s=patience_s)
+        ended.append(name)
+
+    async def render(name: str, patience_s: float, derived: Derived, steps: int) -> None:
+        options = RenderOptions(overrides={"steps": steps}, seed=1, patience_s=patience_s)
+        await diffusion.render(photo(), derived, options)
+        ended.append(name)
+
+    def in_line(stage: MLLMStage | DiffusionStage, num: int) -> Callable[[], bool]:
+        stats = stage._worker.stats if isinstance(stage, MLLMStage) else stage._pool.models()["random"].engine.stats
+        inside = "num_running" if isinstance(stage, MLLMStage) else "num_in_flight"
+        return lambda: (stats().num_waiting, getattr(stats(), inside)) == (num, 1)
+
+    async def main() -> None:
+        tasks = []
+        for number, (name, patience_s) in enumerate((("first", 0.0), ("patient", 60.0), ("later", 0.0))):
+            tasks.append(asyncio.create_task(derive(name, patience_s)))
+            await until(in_line(mllm, number))
+        may_begin.set()
+        await asyncio.gather(*tasks)
+        assert ended == ["first", "later", "patient"]
+        ended.clear()
+        derived = await mllm.derive(photo(), "p")
+        first = asyncio.create_task(render("first", 0.0, derived, 1000))
+        await until(in_line(diffusion, 0))
+        tasks = []
+        for number, (name, patience_s) in enumerate((("patient", 60.0), ("later", 0.0)), 1):
+            tasks.append(asyncio.create_task(render(name, patience_s, derived, 1)))
+            await until(in_line(diffusion, number))
+        first.cancel()
+        await asyncio.gather(*tasks)
+        assert ended == ["later", "patient"]
+
+    asyncio.run(main())
+    mllm.close()
+    diffusion.close()

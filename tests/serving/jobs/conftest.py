@@ -1,0 +1,198 @@
+"""Replicas of the ingress in this process, each on a thread and event loop of its own, over one store."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from mgie.config import ImageLimits
+from serving.artifacts import ArtifactStore
+from serving.backend import EditBackend, EditEvent, EditOutcome, InProcessBackend, OnDerived, ServiceStats
+from serving.blobs import open_blobs
+from serving.cancels import Board
+from serving.diffusion_stage import DiffusionStage
+from serving.ingress import build_api
+from serving.jobs.runner import JobSettings
+from serving.jobs.store import JobStore
+from serving.kept import KeptResults
+from serving.mllm_stage import MLLMStage
+from serving.schema import EditCall
+from serving.stage_calls import BundleInfo
+
+TTL_S = 4000.0
+LONG = {"steps": "1000"}  # ends by no means of its own
+ASYNC = {"prefer": "respond-async"}
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = time.time()
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Failing:
+    """A backend that raises before the first edits, then works, and knows how many it had at a time."""
+
+    def __init__(self, backend: EditBackend, *errors: Exception) -> None:
+        self._backend, self.errors, self.num_calls = backend, list(errors), 0
+        self.num_open = self.most_open = 0
+        self.seeds: list[int] = []
+
+    async def stream(self, call: EditCall) -> AsyncGenerator[EditEvent, None]:
+        self.num_calls += 1
+        if self.errors:
+            raise self.errors.pop(0)
+        self.seeds.append(call.seed)
+        self.num_open += 1
+        self.most_open = max(self.most_open, self.num_open)
+        try:
+            async for event in self._backend.stream(call):
+                yield event
+        finally:
+            self.num_open -= 1
+
+    async def edit(self, call: EditCall, *, on_derived: OnDerived = lambda: None) -> EditOutcome:
+        return await self._backend.edit(call, on_derived=on_derived)
+
+    async def models(self) -> tuple[BundleInfo, ...]:
+        return await self._backend.models()
+
+    async def check_ready(self) -> None:
+        await self._backend.check_ready()
+
+    async def stats(self) -> ServiceStats:
+        return await self._backend.stats()
+
+
+class Replica:
+    """One ingress. Frozen it does nothing at all, as if its process had been killed, until it is thawed."""
+
+    def __init__(self, api: Any, *, is_at_work: bool) -> None:
+        self._api, self._is_at_work = api, is_at_work
+        self._loop = asyncio.new_event_loop()
+        self._thaw()
+        self._context = api.router.lifespan_context(api) if is_at_work else None
+        if self._context is not None:
+            self._do(self._context.__aenter__())
+
+    def _thaw(self) -> None:
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def _do(self, work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
+
+    def freeze(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    def thaw(self) -> None:
+        self._thaw()
+
+    def close(self) -> None:
+        """As at the end of its process."""
+        if not self._thread.is_alive():
+            self._thaw()
+        if self._context is not None:
+            self._do(self._context.__aexit__(None, None, None))
+            self._context = None
+        self.freeze()
+
+    def request(self, method: str, path: str, **content: Any) -> httpx2.Response:
+        async def send() -> httpx2.Response:
+            transport = httpx2.ASGITransport(self._api, raise_app_exceptions=False)
+            async with httpx2.AsyncClient(transport=transport, base_url="http://testserver", timeout=60) as client:
+                return await client.request(method, path, **content)
+
+        response: httpx2.Response = self._do(send())
+        return response
+
+    def post(self, image: bytes, headers: dict[str, str] | None = None, **fields: str) -> httpx2.Response:
+        data = {"prompt": "p", "steps": "1", "seed": "1", "deterministic": "true"} | fields
+        return self.request(
+            "POST", "/v1/images/edits", files={"image": image}, data=data, headers=ASYNC | (headers or {})
+        )
+
+    def accept(self, image: bytes, headers: dict[str, str] | None = None, **fields: str) -> str:
+        """Id of a new job."""
+        response = self.post(image, headers, **fields)
+        assert response.status_code == 202, response.text
+        return str(response.json()["id"])
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        response = self.request("GET", f"/v1/edits/{job_id}")
+        assert response.status_code == 200, response.text
+        body: dict[str, Any] = response.json()
+        return body
+
+    def wait(self, job_id: str, *statuses: str) -> dict[str, Any]:
+        """The job as soon as it has one of the statuses."""
+        until_s = time.monotonic() + 60
+        while (job := self.job(job_id))["status"] not in statuses:
+            assert time.monotonic() < until_s, job
+            time.sleep(0.02)
+        return job
+
+
+class Replicas:
+    """Opens replicas over the same stages and the same store."""
+
+    def __init__(self, backend: EditBackend, url: str) -> None:
+        self.backend, self.url, self.clock = backend, url, Clock()
+        self._opened: list[Replica] = []
+
+    def artifacts(self) -> ArtifactStore:
+        return ArtifactStore(open_blobs(self.url), ttl_s=TTL_S, clock=self.clock)
+
+    def jobs(self) -> JobStore:
+        return JobStore(self.artifacts(), limits=ImageLimits(), clock=self.clock)
+
+    def open(
+        self,
+        *,
+        backend: EditBackend | None = None,
+        board: Board | None = None,
+        is_at_work: bool = True,
+        **settings: Any,
+    ) -> Replica:
+        """Another replica.
+
+        Args:
+            is_at_work: False: it accepts and answers, and runs nothing.
+        """
+        jobs = self.jobs()
+        api = build_api(
+            backend or self.backend,
+            timeout_s=60,
+            kept=KeptResults(jobs.artifacts),
+            jobs=jobs,
+            job_settings=JobSettings(**{"poll_s": 0.03, "lease_s": 1.0} | settings),
+            board=board,
+        )
+        replica = Replica(api, is_at_work=is_at_work)
+        self._opened.append(replica)
+        return replica
+
+    def close(self) -> None:
+        for replica in self._opened:
+            replica.close()
+
+
+@pytest.fixture
+def replicas(mllm: MLLMStage, diffusion: DiffusionStage, tmp_path: Path) -> Iterator[Replicas]:
+    opened = Replicas(InProcessBackend(mllm, diffusion), str(tmp_path / "store"))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="session")
+def small(photo: Callable[..., bytes]) -> bytes:
+    """A photo."""
+    return photo(48, 32)
