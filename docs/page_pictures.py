@@ -59,6 +59,7 @@ def main() -> None:
         page.mouse.up()
         page.fill("#prompt", "make it night")
         shoot(page, "part")
+        page.click("#clear")
         page.keyboard.press("Escape")
         page.fill("[name=n]", "4")
         edit(page, "make it look like winter")

@@ -224,7 +224,9 @@ def test_a_cancelled_edit_ends_in_the_engine_and_leaves_no_trace(edit_page: Edit
     edit_page.fill_numbers(steps=1000)
     edit_page.ask("make it night")
     expect(edit_page["#progress"]).to_have_attribute("max", "1000")
-    edit_page["#cancel"].click()
+    with edit_page.page.expect_response(lambda response: response.request.method == "DELETE") as answer:
+        edit_page["#cancel"].click()
+    assert answer.value.status == 204
     expect(edit_page["#status"]).to_have_text("Cancelled.")
     expect(edit_page["#send"]).to_be_visible()
     expect(edit_page["#error"]).to_be_hidden()
