@@ -285,7 +285,8 @@ def test_a_job_that_is_not_done_in_its_time_is_given_up_queued_or_running(replic
     running, queued = here.accept(small, timeout_s="5", **LONG), here.accept(small, timeout_s="2")
     here.wait(running, "deriving", "rendering")
     replicas.clock.now_s += 2.0
-    assert here.wait(queued, *ENDED)["error"]["code"] == "deadline_exceeded"
+    overdue = here.wait(queued, *ENDED)
+    assert (overdue["error"]["code"], overdue["attempts"]) == ("deadline_exceeded", 0)
     job = here.wait(running, *ENDED)
     assert (job["status"], job["error"]["code"]) == ("failed", "deadline_exceeded")
     assert job["error"]["message"] == "the job was not done within 5 s and was given up"
