@@ -55,7 +55,6 @@ class EditFacts(_Record):
     settings: dict[str, JsonValue] = Field(description="Fields of EditSettings, the bundle's defaults filled in.")
     expressive: str = Field(description="The expressive instruction that guided the edit.")
     bundle: str = Field(description="Identity of the bundle.")
-    source: str | None = Field(description="Id of the artifact with the photo that was edited; it may expire first.")
 
 
 class Artifact(_Record):

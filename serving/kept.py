@@ -127,7 +127,6 @@ class KeptResults:
                 settings=asdict(rendered.settings),
                 expressive=guidance.expressive,
                 bundle=guidance.bundle,
-                source=None,
             )
             # Of a PNG both are the same.
             contents = {} if png is None else {"image/png": png}

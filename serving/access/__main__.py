@@ -23,7 +23,7 @@ def new(
     priority: Priority | None = None,
     expires: str | None = None,
 ) -> None:
-    """Makes a key. It is printed once and kept nowhere; the entry for the keys file holds its hash only.
+    """Makes a key. It goes to the terminal once (stderr); the entry for the keys file (stdout) holds its hash only.
 
     Args:
         name: Whose key it is: a-z, 0-9, _ and -.
@@ -49,7 +49,8 @@ def new(
     lines = [f"{field} = {value}" for field, value in values.items() if value is not None]
     entry = "\n".join(["[[keys]]", *lines])
     read_keys(entry, where="the new key")
-    print(f"key, shown this once:\n\n{key}\n\nentry of the keys file:\n\n{entry}")
+    print(f"key, shown this once: {key}", file=sys.stderr)  # so that `>> keys.toml` takes the entry alone
+    print(entry)
 
 
 @app.command

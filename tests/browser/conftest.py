@@ -21,7 +21,8 @@ if TYPE_CHECKING:  # Playwright may be absent: then every file of tests skips, a
     from tests.browser.edit_page import EditPage
 
 
-@pytest.fixture(scope="session")
+# Of a module: while Playwright is open its event loop counts as running, and no other test could begin one.
+@pytest.fixture(scope="module")
 def browser() -> "Iterator[Browser]":
     from tests.browser.chromium import find_chromium, open_browser
 

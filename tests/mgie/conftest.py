@@ -1,4 +1,4 @@
-"""The embedded tiny bundle, built once per session."""
+"""The embedded random bundle, built once per session."""
 
 from pathlib import Path
 
@@ -9,10 +9,10 @@ from mgie.tiny import ensure_bundle
 
 
 @pytest.fixture(scope="session")
-def tiny_folder() -> Path:
+def random_folder() -> Path:
     return ensure_bundle("random")
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_folder: Path) -> Bundle:
-    return Bundle(tiny_folder)
+def random_bundle(random_folder: Path) -> Bundle:
+    return Bundle(random_folder)

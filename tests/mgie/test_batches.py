@@ -24,9 +24,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def maker(folder: Path, tiny_bundle: Bundle) -> BatchMaker:
+def maker(folder: Path, random_bundle: Bundle) -> BatchMaker:
     config = TrainingConfig(image_side_px=32)
-    return load_training_model(tiny_bundle, config, device="cpu").batch_maker([open_rows(folder)], config)
+    return load_training_model(random_bundle, config, device="cpu").batch_maker([open_rows(folder)], config)
 
 
 def _loader(maker: BatchMaker, *, rank: int = 0, world_size: int = 1, micro_batch: int = 3) -> StepLoader:
@@ -92,9 +92,9 @@ def test_steps_come_in_order_and_whole(maker: BatchMaker) -> None:
         assert [micro.ids for micro in work.micro_batches] == expected
 
 
-def test_a_row_that_cannot_be_read_stops_the_step_that_needs_it(tmp_path: Path, tiny_bundle: Bundle) -> None:
+def test_a_row_that_cannot_be_read_stops_the_step_that_needs_it(tmp_path: Path, random_bundle: Bundle) -> None:
     config = TrainingConfig(image_side_px=32)
-    made = load_training_model(tiny_bundle, config, device="cpu")
+    made = load_training_model(random_bundle, config, device="cpu")
     loader = _loader(made.batch_maker([open_rows(draw_rows(tmp_path, 20))], config))
     (tmp_path / "4-goal.png").unlink()
     with pytest.raises(DataError, match="row 1028"):
@@ -154,9 +154,9 @@ def test_mirroring_takes_both_images_and_leaves_words_of_sides_true() -> None:
     assert kept.source.tobytes() == plain.source.tobytes()
 
 
-def test_augmentation_follows_epoch_and_sample(folder: Path, tiny_bundle: Bundle) -> None:
+def test_augmentation_follows_epoch_and_sample(folder: Path, random_bundle: Bundle) -> None:
     config = TrainingConfig(image_side_px=32, augment=AugmentConfig(crop=0.6))
-    maker = load_training_model(tiny_bundle, config, device="cpu").batch_maker([open_rows(folder)], config)
+    maker = load_training_model(random_bundle, config, device="cpu").batch_maker([open_rows(folder)], config)
 
     def source(place: Place) -> torch.Tensor:
         images = maker([place]).batch.images

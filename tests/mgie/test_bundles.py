@@ -24,21 +24,21 @@ BUCKET = "models"
 # ---- local
 
 
-def test_an_embedded_name_is_a_bundle(tiny_bundle: Bundle) -> None:
-    assert open_bundle("random").identity == tiny_bundle.identity
+def test_an_embedded_name_is_a_bundle(random_bundle: Bundle) -> None:
+    assert open_bundle("random").identity == random_bundle.identity
     assert open_bundle("random-summarizer").config.parts == ("summarizer",)
 
 
-def test_a_folder_is_a_bundle_by_string_or_path(tiny_folder: Path, tiny_bundle: Bundle) -> None:
-    assert open_bundle(tiny_folder).identity == open_bundle(str(tiny_folder)).identity == tiny_bundle.identity
+def test_a_folder_is_a_bundle_by_string_or_path(random_folder: Path, random_bundle: Bundle) -> None:
+    assert open_bundle(random_folder).identity == open_bundle(str(random_folder)).identity == random_bundle.identity
 
 
 def test_a_folder_that_has_an_embedded_name_is_meant_only_when_written_as_a_path(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_bundle: Bundle
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, random_bundle: Bundle
 ) -> None:
     (tmp_path / "tiny").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert open_bundle("random").identity == tiny_bundle.identity
+    assert open_bundle("random").identity == random_bundle.identity
     for path in ("./tiny", Path("tiny")):
         with pytest.raises(BundleError, match="is not a bundle"):
             open_bundle(path)
@@ -56,22 +56,22 @@ def test_nonsense_is_refused_with_what_is_allowed(where: str | Path) -> None:
 
 
 @pytest.fixture
-def hub_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_folder: Path) -> Path:
+def hub_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, random_folder: Path) -> Path:
     """The hub's own cache layout, with the tiny bundle as acme/tiny on branch main."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     repo = tmp_path / "models--acme--tiny"
-    shutil.copytree(tiny_folder, repo / "snapshots" / COMMIT)
+    shutil.copytree(random_folder, repo / "snapshots" / COMMIT)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(COMMIT)
     return repo
 
 
 @pytest.mark.parametrize("where", ["acme/tiny", "acme/tiny@main", f"acme/tiny@{COMMIT}"])
-def test_a_hub_id_is_a_bundle(hub_cache: Path, tiny_bundle: Bundle, where: str) -> None:
+def test_a_hub_id_is_a_bundle(hub_cache: Path, random_bundle: Bundle, where: str) -> None:
     bundle = open_bundle(where)
     assert bundle.root == hub_cache / "snapshots" / COMMIT
-    assert bundle.identity == tiny_bundle.identity
+    assert bundle.identity == random_bundle.identity
     bundle.verify()
     bundle.load_edit_head()
 

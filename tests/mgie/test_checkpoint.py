@@ -37,9 +37,9 @@ SCHEDULER = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.0
 
 
 @pytest.fixture
-def copied(tiny_folder: Path, tmp_path: Path) -> Path:
+def copied(random_folder: Path, tmp_path: Path) -> Path:
     """A copy of the tiny bundle that a test may damage."""
-    return Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
+    return Path(shutil.copytree(random_folder, tmp_path / "copy"))
 
 
 def rewrite_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -77,18 +77,18 @@ def write_scheduler(out: Path, config: BundleConfig, *, replace: bool = False, *
 # ---- round trip
 
 
-def test_every_part_comes_back_as_it_was_written(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    tokenizer = tiny_bundle.load_tokenizer()
-    mllm, head = tiny_bundle.load_mllm(tokenizer), tiny_bundle.load_edit_head()
-    unet, vae = tiny_bundle.load_unet(), tiny_bundle.load_codec().vae
+def test_every_part_comes_back_as_it_was_written(random_bundle: Bundle, tmp_path: Path) -> None:
+    tokenizer = random_bundle.load_tokenizer()
+    mllm, head = random_bundle.load_mllm(tokenizer), random_bundle.load_edit_head()
+    unet, vae = random_bundle.load_unet(), random_bundle.load_codec().vae
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for module in (mllm, head, unet, vae):  # values that no initialisation gives, norms and biases included
             for parameter in module.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    pixels = json.loads((tiny_bundle.root / "vision" / "preprocessor_config.json").read_text())
+    pixels = json.loads((random_bundle.root / "vision" / "preprocessor_config.json").read_text())
     out = tmp_path / "deep" / "bundle"
-    with BundleWriter(out, tiny_bundle.config) as writer:
+    with BundleWriter(out, random_bundle.config) as writer:
         writer.add_tokenizer(tokenizer)
         writer.add_pretrained("vision", mllm.vision.clip)
         writer.add_clip_pixels(pixels)
@@ -97,13 +97,13 @@ def test_every_part_comes_back_as_it_was_written(tiny_bundle: Bundle, tmp_path: 
         writer.add_edit_head(head.config, head.state_dict())
         writer.add_pretrained("unet", unet)
         writer.add_pretrained("vae", vae)
-        writer.add_scheduler(tiny_bundle.scheduler_config())
+        writer.add_scheduler(random_bundle.scheduler_config())
 
     again = Bundle(out)
     again.verify()
-    assert dataclasses.replace(again.config, files={}) == dataclasses.replace(tiny_bundle.config, files={})
-    assert again.scheduler_config() == tiny_bundle.scheduler_config()
-    assert again.load_clip_pixels()([PICTURE]).equal(tiny_bundle.load_clip_pixels()([PICTURE]))
+    assert dataclasses.replace(again.config, files={}) == dataclasses.replace(random_bundle.config, files={})
+    assert again.scheduler_config() == random_bundle.scheduler_config()
+    assert again.load_clip_pixels()([PICTURE]).equal(random_bundle.load_clip_pixels()([PICTURE]))
     assert again.load_tokenizer().added == tokenizer.added
     assert again.load_tokenizer().encode_plain("make it night") == tokenizer.encode_plain("make it night")
     again_mllm, again_head = again.load_mllm(tokenizer), again.load_edit_head()
@@ -150,7 +150,7 @@ def test_a_partial_bundle_is_legal_and_says_what_it_lacks(tmp_path: Path) -> Non
         bundle.load_summarizer(device="cpu")
 
 
-def test_an_llm_that_does_not_see_the_image_needs_no_vision_parts(copied: Path, tiny_bundle: Bundle) -> None:
+def test_an_llm_that_does_not_see_the_image_needs_no_vision_parts(copied: Path, random_bundle: Bundle) -> None:
     for part in ("vision", "projector"):
         shutil.rmtree(copied / part)
     with pytest.raises(BundleError, match="lacks projector/"):
@@ -169,7 +169,7 @@ def test_an_llm_that_does_not_see_the_image_needs_no_vision_parts(copied: Path, 
     request = EditRequest(image=PICTURE, instruction="make it night")
     [ours] = bundle.load_conditioner(device="cpu").derive([request], GenerationConfig(max_new_tokens=4))
     [theirs] = (
-        tiny_bundle.without_vision()
+        random_bundle.without_vision()
         .load_conditioner(device="cpu")
         .derive([request], GenerationConfig(max_new_tokens=4))
     )
@@ -246,21 +246,21 @@ def test_a_text_tokenizer_that_does_not_fit_is_refused(tmp_path: Path, damage: s
 # ---- each part alone
 
 
-def test_the_conditioner_loads_where_the_diffusion_parts_are_absent(copied: Path, tiny_bundle: Bundle) -> None:
+def test_the_conditioner_loads_where_the_diffusion_parts_are_absent(copied: Path, random_bundle: Bundle) -> None:
     for part in ("unet", "vae", "scheduler"):
         shutil.rmtree(copied / part)
     bundle = Bundle(copied)
     request = EditRequest(image=PICTURE, instruction="make it night")
     [ours] = bundle.load_conditioner(device="cpu").derive([request], GenerationConfig(max_new_tokens=4))
-    [whole] = tiny_bundle.load_conditioner(device="cpu").derive([request], GenerationConfig(max_new_tokens=4))
+    [whole] = random_bundle.load_conditioner(device="cpu").derive([request], GenerationConfig(max_new_tokens=4))
     assert torch.equal(ours.condition, whole.condition)
     assert ours.bundle == whole.bundle == bundle.identity
     with pytest.raises(BundleError, match=r"lacks scheduler/scheduler_config\.json"):
         bundle.load_renderer(device="cpu")
 
 
-def test_the_renderer_loads_where_the_conditioner_is_absent(copied: Path, tiny_bundle: Bundle) -> None:
-    [guidance] = tiny_bundle.load_conditioner(device="cpu").derive(
+def test_the_renderer_loads_where_the_conditioner_is_absent(copied: Path, random_bundle: Bundle) -> None:
+    [guidance] = random_bundle.load_conditioner(device="cpu").derive(
         [EditRequest(image=PICTURE, instruction="make it night", expressive="A dark sky.")]
     )
     for part in ("tokenizer", "vision", "projector", "llm", "edit_head"):
@@ -274,9 +274,9 @@ def test_the_renderer_loads_where_the_conditioner_is_absent(copied: Path, tiny_b
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "projector", "edit_head", "unet", "vae", "scheduler"])
-def test_loading_asks_for_the_parts_it_needs_and_no_others(tiny_folder: Path, part: Part) -> None:
+def test_loading_asks_for_the_parts_it_needs_and_no_others(random_folder: Path, part: Part) -> None:
     asked: list[str] = []
-    bundle = Bundle(tiny_folder, fetch=asked.extend)
+    bundle = Bundle(random_folder, fetch=asked.extend)
     loaders: dict[str, Callable[[], object]] = {
         "tokenizer": bundle.load_tokenizer,
         "projector": lambda: bundle.verify(["projector"]),
@@ -538,8 +538,8 @@ def test_the_identity_is_stable_and_follows_the_content(tmp_path: Path) -> None:
     assert identities[0] == hashlib.sha256((tmp_path / "a" / CONFIG_FILE).read_bytes()).hexdigest()[:16]
 
 
-def test_a_copy_has_the_same_identity(copied: Path, tiny_bundle: Bundle) -> None:
-    assert Bundle(copied).identity == tiny_bundle.identity
+def test_a_copy_has_the_same_identity(copied: Path, random_bundle: Bundle) -> None:
+    assert Bundle(copied).identity == random_bundle.identity
 
 
 # ---- writing
@@ -645,23 +645,23 @@ def test_float16_is_refused_for_t5() -> None:
     assert bundle.load_summarizer(device="cpu", dtype="bfloat16")[0].dtype == torch.bfloat16
 
 
-def test_an_edit_runs_in_bfloat16_near_to_float32(tiny_bundle: Bundle) -> None:
+def test_an_edit_runs_in_bfloat16_near_to_float32(random_bundle: Bundle) -> None:
     request = EditRequest(image=PICTURE, instruction="make it night", expressive="A dark sky.")
-    [full] = tiny_bundle.load_conditioner(device="cpu", dtype="float32").derive([request])
-    [half] = tiny_bundle.load_conditioner(device="cpu", dtype="bfloat16").derive([request])
+    [full] = random_bundle.load_conditioner(device="cpu", dtype="float32").derive([request])
+    [half] = random_bundle.load_conditioner(device="cpu", dtype="bfloat16").derive([request])
     assert half.condition.dtype == torch.bfloat16
     difference = (half.condition.float() - full.condition).abs().max() / full.condition.abs().max()
     assert 0 < difference < 0.05
-    renderer = tiny_bundle.load_renderer(device="cpu", dtype="bfloat16")
+    renderer = random_bundle.load_renderer(device="cpu", dtype="bfloat16")
     assert renderer.codec.vae.dtype == torch.float32  # half precision shows as banding
     settings = EditSettings(steps=1)
     [(_, edited)] = renderer.render([RenderRequest(image=PICTURE, guidance=half, settings=settings, seed=0)])
     assert edited.size == PICTURE.size
 
 
-def test_bundles_may_be_loaded_by_several_threads(tiny_bundle: Bundle) -> None:
+def test_bundles_may_be_loaded_by_several_threads(random_bundle: Bundle) -> None:
     def load(number: int) -> bool:
-        part = tiny_bundle.load_unet() if number % 2 else tiny_bundle.load_edit_head()
+        part = random_bundle.load_unet() if number % 2 else random_bundle.load_edit_head()
         return all(not parameter.is_meta for parameter in part.parameters())
 
     with ThreadPoolExecutor(4) as pool:

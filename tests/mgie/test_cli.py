@@ -65,7 +65,7 @@ def save_picture(path: Path, wh: tuple[int, int] = (48, 32)) -> Path:
 # ---- edit
 
 
-def test_one_image_is_edited_and_the_result_is_named(run: Run, tmp_path: Path, tiny_bundle: Bundle) -> None:
+def test_one_image_is_edited_and_the_result_is_named(run: Run, tmp_path: Path, random_bundle: Bundle) -> None:
     photo = save_picture(tmp_path / "in" / "photo.jpg", (50, 34))
     done = run("edit", photo, "make it night", "--seed", "4", *FAST)
     assert done.status == 0
@@ -73,7 +73,7 @@ def test_one_image_is_edited_and_the_result_is_named(run: Run, tmp_path: Path, t
     content = (tmp_path / "photo-edited.png").read_bytes()
     assert load_picture(tmp_path / "photo-edited.png")[:2] == ("PNG", (50, 34))
     assert read_metadata(content)["seed"] == "4"
-    assert read_metadata(content)["bundle"] == tiny_bundle.identity
+    assert read_metadata(content)["bundle"] == random_bundle.identity
     assert "untrained" in done.err
 
 
@@ -206,22 +206,28 @@ def test_a_sampler_that_is_not_known_is_refused_with_the_ones_that_are(run: Run,
 # ---- info
 
 
-def test_info_tells_what_a_bundle_holds(run: Run, tiny_bundle: Bundle) -> None:
+def test_info_tells_what_a_bundle_holds(run: Run, random_bundle: Bundle) -> None:
     done = run("info", "random")
     assert done.status == 0
-    for text in ("random", tiny_bundle.identity, "no: random weights", "euler_ancestral", *tiny_bundle.config.parts):
+    for text in (
+        "random",
+        random_bundle.identity,
+        "no: random weights",
+        "euler_ancestral",
+        *random_bundle.config.parts,
+    ):
         assert text in done.out
     assert "\x1b" not in done.out
 
 
-def test_info_as_json_is_bundle_json_with_the_identity(run: Run, tiny_bundle: Bundle) -> None:
+def test_info_as_json_is_bundle_json_with_the_identity(run: Run, random_bundle: Bundle) -> None:
     data = json.loads(run("info", "random", "--json").out)
-    assert data.pop("identity") == tiny_bundle.identity
-    assert data == json.loads((tiny_bundle.root / CONFIG_FILE).read_text())
+    assert data.pop("identity") == random_bundle.identity
+    assert data == json.loads((random_bundle.root / CONFIG_FILE).read_text())
 
 
-def test_info_verify_finds_a_flipped_byte(run: Run, tmp_path: Path, tiny_folder: Path) -> None:
-    folder = Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
+def test_info_verify_finds_a_flipped_byte(run: Run, tmp_path: Path, random_folder: Path) -> None:
+    folder = Path(shutil.copytree(random_folder, tmp_path / "copy"))
     done = run("info", folder, "--verify")
     assert (done.status, "every file is as listed" in done.out) == (0, True)
     content = bytearray((folder / "vae" / "diffusion_pytorch_model.safetensors").read_bytes())
@@ -233,8 +239,8 @@ def test_info_verify_finds_a_flipped_byte(run: Run, tmp_path: Path, tiny_folder:
     assert "vae/diffusion_pytorch_model.safetensors has sha256" in done.err
 
 
-def test_text_in_a_bundle_is_shown_as_it_is(run: Run, tmp_path: Path, tiny_folder: Path) -> None:
-    folder = Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
+def test_text_in_a_bundle_is_shown_as_it_is(run: Run, tmp_path: Path, random_folder: Path) -> None:
+    folder = Path(shutil.copytree(random_folder, tmp_path / "copy"))
     data = json.loads((folder / CONFIG_FILE).read_text())
     data["provenance"]["data"] = "[red]warm[/red] [/x]"
     (folder / CONFIG_FILE).write_text(json.dumps(data))
@@ -354,7 +360,7 @@ def program(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[st
 
 
 @pytest.mark.slow
-def test_the_command_edits_and_prints_only_what_is_worth_reading(tmp_path: Path, tiny_folder: Path) -> None:
+def test_the_command_edits_and_prints_only_what_is_worth_reading(tmp_path: Path, random_folder: Path) -> None:
     photo = save_picture(tmp_path / "photo.png")
     done = program("edit", photo, "make it night", "--seed", "1", *FAST, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -17,8 +17,8 @@ from mgie.prompts import encode_answered, encode_question
 
 
 @pytest.fixture(scope="module")
-def conditioner(tiny_bundle: Bundle) -> Conditioner:
-    return tiny_bundle.load_conditioner(device="cpu")
+def conditioner(random_bundle: Bundle) -> Conditioner:
+    return random_bundle.load_conditioner(device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -67,15 +67,15 @@ def test_a_batch_gives_each_request_what_it_gets_alone(conditioner: Conditioner)
         _close(together, conditioner.derive([request])[0])
 
 
-def test_guidance_carries_both_conditions_and_the_counts(conditioner: Conditioner, tiny_bundle: Bundle) -> None:
+def test_guidance_carries_both_conditions_and_the_counts(conditioner: Conditioner, random_bundle: Bundle) -> None:
     [guidance] = conditioner.derive(REQUESTS[:1])
     assert guidance.condition.shape == guidance.null_condition.shape == (32, 64)
     assert not torch.equal(guidance.condition, guidance.null_condition)
     assert guidance.image_tokens == 64
-    prompt = encode_question(tiny_bundle.load_tokenizer(), "make it night", 64)
+    prompt = encode_question(random_bundle.load_tokenizer(), "make it night", 64)
     assert guidance.prompt_tokens == len(prompt) - 64
-    assert 0 < guidance.output_tokens <= tiny_bundle.config.generation.max_new_tokens
-    assert guidance.bundle == tiny_bundle.identity
+    assert 0 < guidance.output_tokens <= random_bundle.config.generation.max_new_tokens
+    assert guidance.bundle == random_bundle.identity
     # Only its own rows travel, not the batch's storage.
     assert guidance.condition.untyped_storage().nbytes() == guidance.condition.nbytes
 
@@ -99,7 +99,7 @@ def test_a_given_expressive_instruction_is_forced_and_reported_as_given(conditio
 
 @torch.no_grad()
 def test_forcing_what_the_model_would_write_gives_the_states_of_generation(
-    tiny_bundle: Bundle, conditioner: Conditioner
+    random_bundle: Bundle, conditioner: Conditioner
 ) -> None:
     """Teacher forcing and decoding see the same sequence, so they must agree on its states."""
     assert isinstance(conditioner, MLLMConditioner)
@@ -121,11 +121,11 @@ def test_without_visual_tokens_the_fallback_is_reported(conditioner: Conditioner
 
 
 def test_an_llm_that_does_not_see_the_image_derives_the_same_for_every_image(
-    tiny_bundle: Bundle, conditioner: Conditioner
+    random_bundle: Bundle, conditioner: Conditioner
 ) -> None:
-    blind = tiny_bundle.without_vision().load_conditioner(device="cpu")
+    blind = random_bundle.without_vision().load_conditioner(device="cpu")
     one, other = ([dataclasses.replace(request, image=_image(9 + i)) for request in REQUESTS] for i in range(2))
-    tokenizer = tiny_bundle.load_tokenizer()
+    tokenizer = random_bundle.load_tokenizer()
     for ours, theirs, seen, request in zip(
         blind.derive(one), blind.derive(other), conditioner.derive(one), REQUESTS, strict=True
     ):

@@ -196,8 +196,8 @@ def test_the_fit_is_ridge_regression_in_every_window_averaged(monkeypatch: pytes
 # ---- as a setting
 
 
-def test_an_edit_that_changes_no_latent_returns_the_source(tiny_bundle: Bundle) -> None:
-    renderer = tiny_bundle.load_renderer(device="cpu")
+def test_an_edit_that_changes_no_latent_returns_the_source(random_bundle: Bundle) -> None:
+    renderer = random_bundle.load_renderer(device="cpu")
     none = torch.zeros(32, 64)
     guidance = Guidance(
         expressive="", condition=none, null_condition=none, used_fallback=False,
@@ -214,8 +214,8 @@ def test_an_edit_that_changes_no_latent_returns_the_source(tiny_bundle: Bundle) 
         assert result.tobytes() == (center_square(source) if square_crop else source).tobytes()
 
 
-def test_an_editor_takes_it_as_a_setting(tiny_folder: Path) -> None:
-    editor = Editor.load(tiny_folder, device="cpu")
+def test_an_editor_takes_it_as_a_setting(random_folder: Path) -> None:
+    editor = Editor.load(random_folder, device="cpu")
     results = {
         wanted: editor.edit(
             picture((90, 61)), "make it night", seed=1, steps=2,

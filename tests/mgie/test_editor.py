@@ -18,8 +18,8 @@ SHORT = GenerationConfig(max_new_tokens=4)  # what the untrained model writes is
 
 
 @pytest.fixture(scope="module")
-def editor(tiny_folder: Path) -> Editor:
-    return Editor.load(tiny_folder, device="cpu")
+def editor(random_folder: Path) -> Editor:
+    return Editor.load(random_folder, device="cpu")
 
 
 def picture(width: int = 80, height: int = 60, seed: int = 0) -> Image.Image:
@@ -88,11 +88,11 @@ def test_a_given_expressive_instruction_is_used_and_reported(editor: Editor) -> 
     assert not np.array_equal(pixels(result.image), pixels(derived.image))
 
 
-def test_the_result_tells_how_it_came_about(editor: Editor, tiny_bundle: Bundle) -> None:
+def test_the_result_tells_how_it_came_about(editor: Editor, random_bundle: Bundle) -> None:
     result = edit(editor, seed=7, sampler="ddim")
     assert (result.seed, result.settings.steps, result.settings.sampler) == (7, 2, "ddim")
-    assert result.settings.guidance_scale == tiny_bundle.config.defaults.guidance_scale
-    assert result.guidance.bundle == tiny_bundle.identity
+    assert result.settings.guidance_scale == random_bundle.config.defaults.guidance_scale
+    assert result.guidance.bundle == random_bundle.identity
     assert result.bundle.trained is False
     assert set(result.timings_s) == {"derive", "render"}
     assert all(seconds > 0 for seconds in result.timings_s.values())
@@ -154,7 +154,7 @@ def test_a_file_name_without_a_format_is_refused_before_anything_is_written(edit
     ],
 )
 def test_a_wrong_setting_is_refused_by_name_before_any_work(
-    tiny_bundle: Bundle, editor: Editor, given: dict[str, Any], param: str
+    random_bundle: Bundle, editor: Editor, given: dict[str, Any], param: str
 ) -> None:
     class Untouched:
         """A conditioner and renderer that must not be reached."""
@@ -163,7 +163,7 @@ def test_a_wrong_setting_is_refused_by_name_before_any_work(
             raise AssertionError(f"{name} was asked for")
 
     idle = Editor.__new__(Editor)
-    idle.__dict__.update(bundle=tiny_bundle.config, _conditioner=Untouched(), _renderer=Untouched())
+    idle.__dict__.update(bundle=random_bundle.config, _conditioner=Untouched(), _renderer=Untouched())
     with pytest.raises(ConfigError) as caught:
         edit(idle, **given)
     assert caught.value.param == param

@@ -86,8 +86,8 @@ class Clock:
 
 
 @pytest.fixture(scope="module")
-def base(tiny_bundle: Bundle) -> Renderer:
-    renderer = tiny_bundle.load_renderer(device="cpu")
+def base(random_bundle: Bundle) -> Renderer:
+    renderer = random_bundle.load_renderer(device="cpu")
     renderer.work_area_px = 64 * 64
     return renderer
 

@@ -75,10 +75,10 @@ def write_run(run: Path, bundle: Bundle, *, step: int = 50, ema: bool = True, **
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory, random_bundle: Bundle) -> Path:
     """A run of MGIE with one checkpoint, EMA included."""
     folder = tmp_path_factory.mktemp("run")
-    write_run(folder, tiny_bundle)
+    write_run(folder, random_bundle)
     return folder
 
 
@@ -109,67 +109,67 @@ def assert_equal(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> N
 
 @pytest.mark.parametrize(("weights", "seed"), [(None, 51), ("ema", 51), ("raw", 50)])
 def test_a_bundle_holds_exactly_the_trained_weights(
-    run: Path, tmp_path: Path, tiny_bundle: Bundle, weights: Any, seed: int
+    run: Path, tmp_path: Path, random_bundle: Bundle, weights: Any, seed: int
 ) -> None:
     trained = read_trained(run, weights=weights)
     assert trained.kind == (weights or "ema")
     bundle = export_bundle(trained, open_base(trained.snapshot), tmp_path / "b")
     bundle.verify()
-    assert_equal(weights_of(bundle), new_weights(tiny_bundle, seed))
+    assert_equal(weights_of(bundle), new_weights(random_bundle, seed))
 
 
-def test_what_did_not_train_is_copied_byte_by_byte(trained: Trained, tmp_path: Path, tiny_bundle: Bundle) -> None:
-    files = export_bundle(trained, tiny_bundle, tmp_path / "b").config.files
-    assert files.keys() == tiny_bundle.config.files.keys()
-    changed = sorted(name for name, entry in files.items() if entry != tiny_bundle.config.files[name])
+def test_what_did_not_train_is_copied_byte_by_byte(trained: Trained, tmp_path: Path, random_bundle: Bundle) -> None:
+    files = export_bundle(trained, random_bundle, tmp_path / "b").config.files
+    assert files.keys() == random_bundle.config.files.keys()
+    changed = sorted(name for name, entry in files.items() if entry != random_bundle.config.files[name])
     assert changed == [
         "edit_head/model.safetensors", "llm/model.safetensors", "unet/diffusion_pytorch_model.safetensors",
     ]  # fmt: skip
-    old, new = (load_file(root / "llm/model.safetensors") for root in (tiny_bundle.root, tmp_path / "b"))
+    old, new = (load_file(root / "llm/model.safetensors") for root in (random_bundle.root, tmp_path / "b"))
     assert [key for key in old if not torch.equal(old[key], new[key])] == [
         "lm_head.weight", "model.embed_tokens.weight",
     ]  # fmt: skip
 
 
-def test_a_bundle_says_what_it_is_and_edits(trained: Trained, tmp_path: Path, tiny_bundle: Bundle) -> None:
-    bundle = export_bundle(trained, tiny_bundle, tmp_path / "mine")
+def test_a_bundle_says_what_it_is_and_edits(trained: Trained, tmp_path: Path, random_bundle: Bundle) -> None:
+    bundle = export_bundle(trained, random_bundle, tmp_path / "mine")
     config = bundle.config
     assert (config.name, config.trained, config.sees_image) == ("mine", True, True)
     assert config.provenance.made_by == "mgie export"
     assert config.provenance.sources == (
-        f"base: random ({tiny_bundle.identity})",
+        f"base: random ({random_bundle.identity})",
         "run: e2e, 50 steps, ema weights",
     )
     assert config.provenance.data == "flowers, roads"
-    assert config.provenance.licences == tiny_bundle.config.provenance.licences
-    assert (config.defaults, config.dimensions) == (tiny_bundle.config.defaults, tiny_bundle.config.dimensions)
-    assert export_bundle(trained, tiny_bundle, tmp_path / "x", name="other").config.name == "other"
+    assert config.provenance.licences == random_bundle.config.provenance.licences
+    assert (config.defaults, config.dimensions) == (random_bundle.config.defaults, random_bundle.config.dimensions)
+    assert export_bundle(trained, random_bundle, tmp_path / "x", name="other").config.name == "other"
     ours, theirs = (
         Editor.load(opened, device="cpu").edit(PICTURE, "make it night", seed=1, steps=2, expressive="Dark.")
-        for opened in (bundle, tiny_bundle)
+        for opened in (bundle, random_bundle)
     )
     assert ours.guidance.bundle == bundle.identity
     assert not torch.allclose(ours.guidance.condition, theirs.guidance.condition, atol=1e-3)
 
 
 def test_a_base_that_was_trained_keeps_its_data_in_the_record(
-    run: Path, trained: Trained, tmp_path: Path, tiny_bundle: Bundle
+    run: Path, trained: Trained, tmp_path: Path, random_bundle: Bundle
 ) -> None:
-    first = export_bundle(trained, tiny_bundle, tmp_path / "first")
+    first = export_bundle(trained, random_bundle, tmp_path / "first")
     write_run(tmp_path / "run", first, data_names=["photos"])
     again = read_trained(tmp_path / "run")
     assert export_bundle(again, first, tmp_path / "b").config.provenance.data == "flowers, roads, photos"
 
 
-def test_a_base_in_shards_and_of_half_precision_keeps_its_layout(tmp_path: Path, tiny_bundle: Bundle) -> None:
+def test_a_base_in_shards_and_of_half_precision_keeps_its_layout(tmp_path: Path, random_bundle: Bundle) -> None:
     """Only the files that hold a trained tensor are written anew, each tensor in the dtype that it had."""
-    with BundleWriter(tmp_path / "base", dataclasses.replace(tiny_bundle.config, name="halved")) as writer:
-        for part in tiny_bundle.config.parts:
+    with BundleWriter(tmp_path / "base", dataclasses.replace(random_bundle.config, name="halved")) as writer:
+        for part in random_bundle.config.parts:
             if part == "llm":
-                llm = LlamaForCausalLM.from_pretrained(tiny_bundle.root / "llm", dtype=torch.bfloat16)
+                llm = LlamaForCausalLM.from_pretrained(random_bundle.root / "llm", dtype=torch.bfloat16)
                 llm.save_pretrained(writer.folder(part), max_shard_size="600KB")
             else:
-                shutil.copytree(tiny_bundle.root / part, writer.folder(part), dirs_exist_ok=True)
+                shutil.copytree(random_bundle.root / part, writer.folder(part), dirs_exist_ok=True)
     base = Bundle(tmp_path / "base")
     write_run(tmp_path / "run", base, ema=False)
     bundle = export_bundle(read_trained(tmp_path / "run"), base, tmp_path / "b")
@@ -205,14 +205,14 @@ def test_where_nothing_trained_the_base_comes_out_as_it_was(
     assert bundle.config.provenance.data == "none: not trained"
 
 
-def test_an_lgie_run_gives_a_bundle_that_does_not_see_the_image(tmp_path: Path, tiny_bundle: Bundle) -> None:
-    write_run(tmp_path / "run", tiny_bundle, variant="lgie", ema=False)
-    bundle = export_bundle(read_trained(tmp_path / "run"), tiny_bundle, tmp_path / "b")
+def test_an_lgie_run_gives_a_bundle_that_does_not_see_the_image(tmp_path: Path, random_bundle: Bundle) -> None:
+    write_run(tmp_path / "run", random_bundle, variant="lgie", ema=False)
+    bundle = export_bundle(read_trained(tmp_path / "run"), random_bundle, tmp_path / "b")
     assert bundle.config.sees_image is False
     assert bundle.config.parts == ("tokenizer", "llm", "edit_head", "unet", "vae", "scheduler")
     assert "image_patches" not in bundle.config.dimensions
     assert not (tmp_path / "b" / "vision").exists()
-    assert_equal(weights_of(bundle), new_weights(tiny_bundle, 50))
+    assert_equal(weights_of(bundle), new_weights(random_bundle, 50))
     short = GenerationConfig(max_new_tokens=4)
     ours, other = (
         bundle.load_conditioner(device="cpu").derive([dataclasses.replace(REQUEST, image=image)], short)[0]
@@ -226,23 +226,23 @@ def test_an_lgie_run_gives_a_bundle_that_does_not_see_the_image(tmp_path: Path, 
 # ---- refusals
 
 
-def test_another_base_is_refused_by_both_identities(trained: Trained, tmp_path: Path, tiny_bundle: Bundle) -> None:
-    other = shutil.copytree(tiny_bundle.root, tmp_path / "other")
+def test_another_base_is_refused_by_both_identities(trained: Trained, tmp_path: Path, random_bundle: Bundle) -> None:
+    other = shutil.copytree(random_bundle.root, tmp_path / "other")
     content = json.loads((other / CONFIG_FILE).read_text())
     (other / CONFIG_FILE).write_text(json.dumps(content | {"name": "other"}))
     with pytest.raises(BundleError) as caught:
         open_base(trained.snapshot, other)
-    for word in (Bundle(other).identity, tiny_bundle.identity, str(other), str(tiny_bundle.root)):
+    for word in (Bundle(other).identity, random_bundle.identity, str(other), str(random_bundle.root)):
         assert word in str(caught.value)
     gone: Snapshot = dataclasses.replace(trained.snapshot, base_bundle="./gone")
     with pytest.raises(BundleError, match=r"bundle './gone' is not a folder; .* say by --base where that lies now"):
         open_base(gone)
-    moved = shutil.copytree(tiny_bundle.root, tmp_path / "moved")
+    moved = shutil.copytree(random_bundle.root, tmp_path / "moved")
     assert open_base(trained.snapshot, moved).root == moved
 
 
-def test_a_damaged_base_is_refused_and_nothing_is_left(trained: Trained, tmp_path: Path, tiny_bundle: Bundle) -> None:
-    base = shutil.copytree(tiny_bundle.root, tmp_path / "base")
+def test_a_damaged_base_is_refused_and_nothing_is_left(trained: Trained, tmp_path: Path, random_bundle: Bundle) -> None:
+    base = shutil.copytree(random_bundle.root, tmp_path / "base")
     path = base / "vae" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(BundleError, match=r"vae/diffusion_pytorch_model.safetensors has sha256"):
@@ -260,7 +260,7 @@ def test_a_damaged_base_is_refused_and_nothing_is_left(trained: Trained, tmp_pat
     ],
 )
 def test_weights_that_do_not_fit_the_base_are_refused_by_name(
-    trained: Trained, tmp_path: Path, tiny_bundle: Bundle, damage: str, message: str
+    trained: Trained, tmp_path: Path, random_bundle: Bundle, damage: str, message: str
 ) -> None:
     tensors = dict(trained.tensors)
     if damage == "missing":
@@ -269,23 +269,23 @@ def test_weights_that_do_not_fit_the_base_are_refused_by_name(
         name = {"unexpected": "unet.novelty", "shape": "unet.conv_in.bias", "frozen": "mllm.projector.bias"}[damage]
         tensors[name] = torch.zeros(3)
     with pytest.raises(BundleError, match=message):
-        export_bundle(dataclasses.replace(trained, tensors=tensors), tiny_bundle, tmp_path / "b")
+        export_bundle(dataclasses.replace(trained, tensors=tensors), random_bundle, tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_text_run_does_not_fit_an_mllm_bundle(tmp_path: Path, text_bundle: Bundle, tiny_bundle: Bundle) -> None:
+def test_a_text_run_does_not_fit_an_mllm_bundle(tmp_path: Path, text_bundle: Bundle, random_bundle: Bundle) -> None:
     write_run(tmp_path / "run", text_bundle, ema=False)
     with pytest.raises(BundleError, match=r"mllm\.llm\.lm_head\.weight is missing"):
-        export_bundle(read_trained(tmp_path / "run"), tiny_bundle, tmp_path / "b")
+        export_bundle(read_trained(tmp_path / "run"), random_bundle, tmp_path / "b")
 
 
 def test_a_bundle_that_is_there_is_replaced_only_on_request(
-    trained: Trained, tmp_path: Path, tiny_bundle: Bundle
+    trained: Trained, tmp_path: Path, random_bundle: Bundle
 ) -> None:
-    export_bundle(trained, tiny_bundle, tmp_path / "b")
+    export_bundle(trained, random_bundle, tmp_path / "b")
     with pytest.raises(BundleError, match="exists"):
-        export_bundle(trained, tiny_bundle, tmp_path / "b")
-    assert export_bundle(trained, tiny_bundle, tmp_path / "b", name="new", replace=True).config.name == "new"
+        export_bundle(trained, random_bundle, tmp_path / "b")
+    assert export_bundle(trained, random_bundle, tmp_path / "b", name="new", replace=True).config.name == "new"
 
 
 # ---- which checkpoint
@@ -425,9 +425,9 @@ def write_sources(folder: Path, bundle: Bundle) -> Sources:
 
 
 def test_the_published_layout_converts_back_to_the_trained_weights(
-    run: Path, trained: Trained, tmp_path: Path, tiny_bundle: Bundle
+    run: Path, trained: Trained, tmp_path: Path, random_bundle: Bundle
 ) -> None:
-    export_published(trained, tiny_bundle, tmp_path / "mgie")
+    export_published(trained, random_bundle, tmp_path / "mgie")
     assert sorted(path.name for path in (tmp_path / "mgie").iterdir()) == ["mllm.pt", "unet.pt"]
     mllm, unet = (read_weights(tmp_path / "mgie" / name) for name in ("mllm.pt", "unet.pt"))
     assert {key.split(".")[0] for key in mllm} == {"model", "lm_head", "edit_head", "emb"}
@@ -435,40 +435,40 @@ def test_the_published_layout_converts_back_to_the_trained_weights(
     assert torch.equal(mllm["emb"], mllm["model.embed_tokens.weight"][-NUM_VISUAL:])
     assert mllm["emb"].untyped_storage().nbytes() < mllm["model.embed_tokens.weight"].untyped_storage().nbytes()
 
-    bundle = convert(tmp_path / "b", write_sources(tmp_path, tiny_bundle))
-    rounded = {name: tensor.half().float() for name, tensor in new_weights(tiny_bundle, 51).items()}
+    bundle = convert(tmp_path / "b", write_sources(tmp_path, random_bundle))
+    rounded = {name: tensor.half().float() for name, tensor in new_weights(random_bundle, 51).items()}
     assert_equal(weights_of(bundle), rounded)
-    assert bundle.load_tokenizer().added == tiny_bundle.load_tokenizer().added
+    assert bundle.load_tokenizer().added == random_bundle.load_tokenizer().added
     # And as a whole it is the model of the exported bundle, but for rounding.
     ours, exported = (
         opened.load_conditioner(device="cpu", dtype="float32").derive(
             [dataclasses.replace(REQUEST, expressive="A dark sky.")]
         )[0]
-        for opened in (bundle, export_bundle(trained, tiny_bundle, tmp_path / "e"))
+        for opened in (bundle, export_bundle(trained, random_bundle, tmp_path / "e"))
     )
     torch.testing.assert_close(ours.condition, exported.condition, rtol=0, atol=2e-2)
 
 
-def test_published_files_are_replaced_only_on_request(trained: Trained, tmp_path: Path, tiny_bundle: Bundle) -> None:
+def test_published_files_are_replaced_only_on_request(trained: Trained, tmp_path: Path, random_bundle: Bundle) -> None:
     out = tmp_path / "mgie"
-    export_published(trained, tiny_bundle, out)
+    export_published(trained, random_bundle, out)
     with pytest.raises(BundleError, match="mgie exists; choose another"):
-        export_published(trained, tiny_bundle, out)
-    export_published(trained, tiny_bundle, out, replace=True)
+        export_published(trained, random_bundle, out)
+    export_published(trained, random_bundle, out, replace=True)
     (out / "notes.txt").write_text("mine")
     with pytest.raises(BundleError, match="mgie exists and holds other files"):
-        export_published(trained, tiny_bundle, out, replace=True)
+        export_published(trained, random_bundle, out, replace=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mgie"]
 
 
 def test_what_the_published_layout_cannot_hold_is_refused(
-    trained: Trained, tmp_path: Path, tiny_bundle: Bundle, text_bundle: Bundle
+    trained: Trained, tmp_path: Path, random_bundle: Bundle, text_bundle: Bundle
 ) -> None:
-    for variant, base in (("lgie", tiny_bundle), ("ip2p", text_bundle), ("e2e", tiny_bundle.without_vision())):
+    for variant, base in (("lgie", random_bundle), ("ip2p", text_bundle), ("e2e", random_bundle.without_vision())):
         snapshot: Snapshot = dataclasses.replace(trained.snapshot, variant=variant)
         with pytest.raises(ConfigError, match=f"the run's variant is {variant}; the published layout holds"):
             export_published(dataclasses.replace(trained, snapshot=snapshot), base, tmp_path / "mgie")
     large = dict(trained.tensors) | {"unet.conv_in.bias": torch.full((48,), 1e6)}
     with pytest.raises(BundleError, match=r"unet\.conv_in\.bias has values that are too large for torch\.float16"):
-        export_published(dataclasses.replace(trained, tensors=large), tiny_bundle, tmp_path / "mgie")
+        export_published(dataclasses.replace(trained, tensors=large), random_bundle, tmp_path / "mgie")
     assert list(tmp_path.iterdir()) == []

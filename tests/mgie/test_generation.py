@@ -17,13 +17,13 @@ NUM_VISUAL = 8
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_bundle: Bundle) -> Tokenizer:
-    return tiny_bundle.load_tokenizer()
+def tokenizer(random_bundle: Bundle) -> Tokenizer:
+    return random_bundle.load_tokenizer()
 
 
 @pytest.fixture(scope="module")
-def base(tiny_bundle: Bundle, tokenizer: Tokenizer) -> MLLM:
-    return tiny_bundle.load_mllm(tokenizer)
+def base(random_bundle: Bundle, tokenizer: Tokenizer) -> MLLM:
+    return random_bundle.load_mllm(tokenizer)
 
 
 def _scripted(base: MLLM, chain: dict[int, int]) -> MLLM:

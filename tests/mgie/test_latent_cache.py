@@ -289,8 +289,8 @@ def test_a_stamp_that_cannot_be_used_is_refused(
 # ---- who encoded
 
 
-def test_bundles_with_the_same_encoder_share_caches(tiny_folder: Path) -> None:
-    bundle, other = Bundle(tiny_folder), Bundle(tiny_folder)
+def test_bundles_with_the_same_encoder_share_caches(random_folder: Path) -> None:
+    bundle, other = Bundle(random_folder), Bundle(random_folder)
 
     def change(name: str) -> None:
         files = {**bundle.config.files, name: FileEntry(sha256="0" * 64, size=1)}

@@ -34,8 +34,8 @@ def random_mask(rng: np.random.Generator, width: int, height: int) -> Image.Imag
 
 
 @pytest.fixture(scope="module")
-def renderer(tiny_bundle: Bundle) -> Renderer:
-    renderer = copy.copy(tiny_bundle.load_renderer(device="cpu"))
+def renderer(random_bundle: Bundle) -> Renderer:
+    renderer = copy.copy(random_bundle.load_renderer(device="cpu"))
     renderer.work_area_px = 32 * 32
     return renderer
 
@@ -113,8 +113,8 @@ def test_a_mask_that_cannot_be_used_is_refused(mask: Image.Image, message: str) 
     assert refused.value.param == "mask"
 
 
-def test_the_editor_takes_a_mask_and_refuses_one_before_the_words_are_read(tiny_bundle: Bundle) -> None:
-    editor = Editor.load(tiny_bundle, device="cpu")
+def test_the_editor_takes_a_mask_and_refuses_one_before_the_words_are_read(random_bundle: Bundle) -> None:
+    editor = Editor.load(random_bundle, device="cpu")
     source = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 60, 3), dtype=np.uint8))
     mask = Image.new("L", (60, 40))
     mask.paste(255, (10, 10, 30, 30))

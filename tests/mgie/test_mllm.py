@@ -10,8 +10,8 @@ from mgie.mllm import MLLM, VisionTower
 
 
 @pytest.fixture(scope="module")
-def mllm(tiny_bundle: Bundle) -> MLLM:
-    return tiny_bundle.load_mllm(tiny_bundle.load_tokenizer())
+def mllm(random_bundle: Bundle) -> MLLM:
+    return random_bundle.load_mllm(random_bundle.load_tokenizer())
 
 
 @torch.no_grad()
@@ -35,8 +35,8 @@ def test_a_row_with_another_number_of_placeholders_is_refused(mllm: MLLM) -> Non
 
 
 @torch.no_grad()
-def test_an_llm_without_eyes_has_word_embeddings_only(tiny_bundle: Bundle, mllm: MLLM) -> None:
-    blind = tiny_bundle.without_vision().load_mllm(tiny_bundle.load_tokenizer())
+def test_an_llm_without_eyes_has_word_embeddings_only(random_bundle: Bundle, mllm: MLLM) -> None:
+    blind = random_bundle.without_vision().load_mllm(random_bundle.load_tokenizer())
     assert (blind.num_patches, blind.vision, blind.projector) == (0, None, None)
     assert blind.image_features(None) is None
     ids = torch.tensor([[1, 5, 6], [1, 7, 8]])

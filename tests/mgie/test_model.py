@@ -16,17 +16,17 @@ from mgie.model import MGIE, Conversations, PixelPair, TrainingBatch, TrainingDr
 
 
 @pytest.fixture(scope="module")
-def mgie(tiny_bundle: Bundle) -> MGIE:
-    return tiny_bundle.load_mgie(device="cpu")
+def mgie(random_bundle: Bundle) -> MGIE:
+    return random_bundle.load_mgie(device="cpu")
 
 
 Collate = Callable[[Sequence[EditExample]], TrainingBatch]
 
 
 @pytest.fixture(scope="module")
-def collate(tiny_bundle: Bundle, mgie: MGIE) -> Collate:
-    words = ConversationCollator(tiny_bundle.load_tokenizer(), num_patches=mgie.mllm.num_patches)
-    clip_pixels = tiny_bundle.load_clip_pixels()
+def collate(random_bundle: Bundle, mgie: MGIE) -> Collate:
+    words = ConversationCollator(random_bundle.load_tokenizer(), num_patches=mgie.mllm.num_patches)
+    clip_pixels = random_bundle.load_clip_pixels()
 
     def collate(examples: Sequence[EditExample]) -> TrainingBatch:
         pixels = vision_pixels([example.source for example in examples], clip_pixels)
@@ -138,8 +138,8 @@ def test_what_all_rows_begin_with_passes_once_and_changes_nothing(
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_rows_cut_before_the_image_share_what_is_left(tiny_bundle: Bundle) -> None:
-    collator = ConversationCollator(tiny_bundle.load_tokenizer(), num_patches=64, max_length=20)
+def test_rows_cut_before_the_image_share_what_is_left(random_bundle: Bundle) -> None:
+    collator = ConversationCollator(random_bundle.load_tokenizer(), num_patches=64, max_length=20)
     assert collator([("make it night", "Dark."), ("winter", "Snow.")]).num_shared == 19
 
 
@@ -183,9 +183,9 @@ def test_label_positions_are_those_that_predict_the_labels(collate: Collate) -> 
     assert list(zip(words.label_positions.tolist(), words.label_ids.tolist(), strict=True)) == expected
 
 
-def test_an_empty_batch_is_refused(tiny_bundle: Bundle) -> None:
+def test_an_empty_batch_is_refused(random_bundle: Bundle) -> None:
     with pytest.raises(DataError, match="0 examples"):
-        ConversationCollator(tiny_bundle.load_tokenizer(), num_patches=64)([])
+        ConversationCollator(random_bundle.load_tokenizer(), num_patches=64)([])
 
 
 def test_real_pairs_can_be_collated(collate: Collate, sample_photos: Path) -> None:

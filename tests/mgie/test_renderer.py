@@ -13,8 +13,8 @@ from mgie.renderer import Renderer, RenderRequest
 
 
 @pytest.fixture(scope="module")
-def renderer(tiny_bundle: Bundle) -> Renderer:
-    return tiny_bundle.load_renderer(device="cpu")
+def renderer(random_bundle: Bundle) -> Renderer:
+    return random_bundle.load_renderer(device="cpu")
 
 
 def _request(seed: int, wh: tuple[int, int] = (96, 96), **settings: object) -> RenderRequest:
@@ -102,13 +102,13 @@ def test_no_requests_give_nothing(renderer: Renderer) -> None:
     assert list(renderer.render([])) == []
 
 
-def test_a_model_that_makes_changes_and_makes_none_gives_the_source_back(tiny_bundle: Bundle) -> None:
-    unet = tiny_bundle.load_unet()
+def test_a_model_that_makes_changes_and_makes_none_gives_the_source_back(random_bundle: Bundle) -> None:
+    unet = random_bundle.load_unet()
     unet.conv_out.weight.data.zero_()
     unet.conv_out.bias.data.zero_()
-    codec = tiny_bundle.load_codec()
+    codec = random_bundle.load_codec()
     codec.makes_change = True
-    scheduler = tiny_bundle.scheduler_config() | {"prediction_type": "sample", "rescale_betas_zero_snr": True}
+    scheduler = random_bundle.scheduler_config() | {"prediction_type": "sample", "rescale_betas_zero_snr": True}
     renderer = Renderer(
         unet=unet, codec=codec, scheduler_config=scheduler | {"timestep_spacing": "trailing"},
         work_area_px=128 * 128, multiple_px=16,

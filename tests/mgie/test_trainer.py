@@ -83,31 +83,31 @@ def _close(ours: list[StepRecord], theirs: list[StepRecord], rel: float) -> None
 # ---- what a step computes
 
 
-def test_the_size_of_micro_batches_changes_rounding_only(tiny_bundle: Bundle, rows: Examples) -> None:
+def test_the_size_of_micro_batches_changes_rounding_only(random_bundle: Bundle, rows: Examples) -> None:
     config = replace(CONFIG, dtype="float64", steps=3)
-    whole, _ = _run(tiny_bundle, rows, replace(config, micro_batch=6))
+    whole, _ = _run(random_bundle, rows, replace(config, micro_batch=6))
     for size in (1, 4):
-        parts, _ = _run(tiny_bundle, rows, replace(config, micro_batch=size))
+        parts, _ = _run(random_bundle, rows, replace(config, micro_batch=size))
         _close(parts, whole, rel=1e-10)
 
 
-def test_options_that_save_time_or_memory_change_rounding_only(tiny_bundle: Bundle, rows: Examples) -> None:
+def test_options_that_save_time_or_memory_change_rounding_only(random_bundle: Bundle, rows: Examples) -> None:
     config = replace(CONFIG, steps=3)
-    plain, _ = _run(tiny_bundle, rows, config)
+    plain, _ = _run(random_bundle, rows, config)
     for other in (replace(config, gradient_checkpointing=True), replace(config, channels_last=True)):
-        _close(_run(tiny_bundle, rows, other)[0], plain, rel=1e-4)
+        _close(_run(random_bundle, rows, other)[0], plain, rel=1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_compiled_blocks_change_rounding_only(tiny_bundle: Bundle, rows: Examples) -> None:
+def test_compiled_blocks_change_rounding_only(random_bundle: Bundle, rows: Examples) -> None:
     config = replace(CONFIG, steps=2)
-    _close(_run(tiny_bundle, rows, replace(config, compile=True))[0], _run(tiny_bundle, rows, config)[0], rel=1e-4)
+    _close(_run(random_bundle, rows, replace(config, compile=True))[0], _run(random_bundle, rows, config)[0], rel=1e-4)
 
 
-def test_bfloat16_computes_near_float32_and_keeps_float32_weights(tiny_bundle: Bundle, rows: Examples) -> None:
-    plain, _ = _run(tiny_bundle, rows, CONFIG)
-    half, trainer = _run(tiny_bundle, rows, replace(CONFIG, dtype="bfloat16"))
+def test_bfloat16_computes_near_float32_and_keeps_float32_weights(random_bundle: Bundle, rows: Examples) -> None:
+    plain, _ = _run(random_bundle, rows, CONFIG)
+    half, trainer = _run(random_bundle, rows, replace(CONFIG, dtype="bfloat16"))
     _close(half, plain, rel=2e-2)
     assert _losses(half) != _losses(plain)
     dtypes = {name: p.dtype for name, p in trainer.model.named_parameters()}
@@ -116,8 +116,8 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_weights(tiny_bundle: B
     assert dtypes["codec.vae.quant_conv.weight"] == torch.float32
 
 
-def test_training_lowers_the_losses(tiny_bundle: Bundle, rows: Examples) -> None:
-    records, _ = _run(tiny_bundle, rows, replace(CONFIG, steps=25))
+def test_training_lowers_the_losses(random_bundle: Bundle, rows: Examples) -> None:
+    records, _ = _run(random_bundle, rows, replace(CONFIG, steps=25))
     first, last = (sum(r.loss for r in part) / 5 for part in (records[:5], records[-5:]))
     assert last < 0.8 * first
 
@@ -136,9 +136,9 @@ class _Waits(TorchDispatchMode):
 
 
 def test_the_host_waits_for_the_device_once_a_step_and_that_for_what_is_told(
-    tiny_bundle: Bundle, rows: Examples, monkeypatch: pytest.MonkeyPatch
+    random_bundle: Bundle, rows: Examples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = make_trainer(tiny_bundle, rows, CONFIG)
+    trainer = make_trainer(random_bundle, rows, CONFIG)
     work = next(trainer._loader.steps(0, 1))
     # What the CPU alone is asked, where it does not wait: whether the rows hold their placeholders.
     monkeypatch.setattr(MLLM, "_check_placeholders", lambda *args: None)
@@ -150,18 +150,18 @@ def test_the_host_waits_for_the_device_once_a_step_and_that_for_what_is_told(
     assert waits.seen != []
 
 
-def test_min_snr_changes_the_edit_loss_alone(tiny_bundle: Bundle, rows: Examples) -> None:
+def test_min_snr_changes_the_edit_loss_alone(random_bundle: Bundle, rows: Examples) -> None:
     config = replace(CONFIG, steps=1)
-    [plain], _ = _run(tiny_bundle, rows, config)
-    [weighted], _ = _run(tiny_bundle, rows, replace(config, objective=replace(CONFIG.objective, min_snr_gamma=5.0)))
+    [plain], _ = _run(random_bundle, rows, config)
+    [weighted], _ = _run(random_bundle, rows, replace(config, objective=replace(CONFIG.objective, min_snr_gamma=5.0)))
     assert weighted.edit < plain.edit
     assert weighted.instruction == plain.instruction
 
 
-def test_weight_on_changed_places_changes_the_edit_loss_alone(tiny_bundle: Bundle, rows: Examples) -> None:
+def test_weight_on_changed_places_changes_the_edit_loss_alone(random_bundle: Bundle, rows: Examples) -> None:
     config = replace(CONFIG, steps=1)
-    [plain], _ = _run(tiny_bundle, rows, config)
-    [weighted], _ = _run(tiny_bundle, rows, replace(config, objective=replace(CONFIG.objective, change_weight=4.0)))
+    [plain], _ = _run(random_bundle, rows, config)
+    [weighted], _ = _run(random_bundle, rows, replace(config, objective=replace(CONFIG.objective, change_weight=4.0)))
     assert plain.edit < weighted.edit < 5 * plain.edit
     assert weighted.instruction == plain.instruction
 
@@ -169,11 +169,11 @@ def test_weight_on_changed_places_changes_the_edit_loss_alone(tiny_bundle: Bundl
 # ---- variants
 
 
-def test_the_llm_without_eyes_trains_and_does_not_look(tiny_bundle: Bundle, rows: Examples) -> None:
+def test_the_llm_without_eyes_trains_and_does_not_look(random_bundle: Bundle, rows: Examples) -> None:
     config = replace(CONFIG, variant="lgie", steps=2)
-    made = load_training_model(tiny_bundle, config, device="cpu")
+    made = load_training_model(random_bundle, config, device="cpu")
     assert made.clip_pixels is None
-    records, trainer = _run(tiny_bundle, rows, config)
+    records, trainer = _run(random_bundle, rows, config)
     assert all(r.is_finite and r.instruction > 0 for r in records)
     assert not any("vision" in name or "projector" in name for name, _ in trainer.model.named_parameters())
 
@@ -230,9 +230,9 @@ def test_nothing_of_the_frozen_baseline_trains() -> None:
     assert not any(p.requires_grad for p in made.model.parameters())
 
 
-def test_a_variant_needs_a_bundle_of_its_kind(tiny_bundle: Bundle) -> None:
+def test_a_variant_needs_a_bundle_of_its_kind(random_bundle: Bundle) -> None:
     with pytest.raises(ConfigError, match="variant ft trains a bundle with conditioner 'text'"):
-        load_training_model(tiny_bundle, replace(CONFIG, variant="ft"), device="cpu")
+        load_training_model(random_bundle, replace(CONFIG, variant="ft"), device="cpu")
     with pytest.raises(ConfigError, match="variant e2e trains a bundle with conditioner 'mllm'"):
         load_training_model(Bundle(ensure_bundle("random-ip2p")), CONFIG, device="cpu")
 
@@ -244,17 +244,17 @@ def test_a_variant_needs_a_bundle_of_its_kind(tiny_bundle: Bundle) -> None:
     "options", [{}, {"channels_last": True}, {"dtype": "bfloat16", "gradient_checkpointing": True}]
 )
 def test_a_resumed_run_is_bitwise_the_undisturbed_one(
-    tiny_bundle: Bundle, rows: Examples, options: dict[str, Any]
+    random_bundle: Bundle, rows: Examples, options: dict[str, Any]
 ) -> None:
     config = replace(CONFIG, **options)
-    whole, trainer = _run(tiny_bundle, rows, config)
+    whole, trainer = _run(random_bundle, rows, config)
     end = trainer.state()
     for stop in (1, 4):
-        first = make_trainer(tiny_bundle, rows, config)
+        first = make_trainer(random_bundle, rows, config)
         list(first.run(stop))
         state = first.state()
         records: list[StepRecord] = []
-        second = make_trainer(tiny_bundle, rows, config, on_step=records.append)
+        second = make_trainer(random_bundle, rows, config, on_step=records.append)
         second.restore(state)
         list(second.run(config.steps))
         assert _losses(records) == _losses(whole)[stop:]
@@ -269,12 +269,12 @@ def _equal_states(ours: TrainerState, theirs: TrainerState) -> None:
         assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_looking_does_not_change_the_run(tiny_bundle: Bundle, rows: Examples) -> None:
+def test_looking_does_not_change_the_run(random_bundle: Bundle, rows: Examples) -> None:
     """Validation puts the averaged weights in place, and takes them away again."""
-    plain, _ = _run(tiny_bundle, rows, CONFIG)
+    plain, _ = _run(random_bundle, rows, CONFIG)
     records: list[StepRecord] = []
-    trainer = make_trainer(tiny_bundle, rows, CONFIG, on_step=records.append)
-    made = load_training_model(tiny_bundle, CONFIG, device="cpu")
+    trainer = make_trainer(random_bundle, rows, CONFIG, on_step=records.append)
+    made = load_training_model(random_bundle, CONFIG, device="cpu")
     maker = made.batch_maker([rows], CONFIG)
     loader = trainer._loader
     seen = []
@@ -287,9 +287,9 @@ def test_looking_does_not_change_the_run(tiny_bundle: Bundle, rows: Examples) ->
     assert seen[0]["loss"] == pytest.approx(seen[0]["instruction"] + 0.5 * seen[0]["edit"])
 
 
-def test_validation_is_a_mean_whatever_the_micro_batches(tiny_bundle: Bundle, rows: Examples) -> None:
-    trainer = make_trainer(tiny_bundle, rows, CONFIG)
-    maker = load_training_model(tiny_bundle, CONFIG, device="cpu").batch_maker([rows], CONFIG)
+def test_validation_is_a_mean_whatever_the_micro_batches(random_bundle: Bundle, rows: Examples) -> None:
+    trainer = make_trainer(random_bundle, rows, CONFIG)
+    maker = load_training_model(random_bundle, CONFIG, device="cpu").batch_maker([rows], CONFIG)
     places = [place for part in trainer._loader.places(0) for place in part]
     means = [
         trainer.validate([maker(places[i : i + size], is_validation=True) for i in range(0, 6, size)])
@@ -316,17 +316,17 @@ def _poison(calls: set[int]) -> Callable[[DiffusionHalf], None]:
     return change
 
 
-def test_one_bad_step_is_skipped_and_the_run_goes_on(tiny_bundle: Bundle, rows: Examples) -> None:
-    records, trainer = _run(tiny_bundle, rows, CONFIG, change=_poison({2}))  # two micro-batches a step
+def test_one_bad_step_is_skipped_and_the_run_goes_on(random_bundle: Bundle, rows: Examples) -> None:
+    records, trainer = _run(random_bundle, rows, CONFIG, change=_poison({2}))  # two micro-batches a step
     assert [r.is_finite for r in records] == [True, False, True, True, True, True]
     assert trainer.state().num_skipped == 1
     assert all(torch.isfinite(value).all() for value in trainer.state().weights.values())
     assert {float(v) for k, v in trainer.state().moments.items() if k.startswith("step.")} == {5.0}
 
 
-def test_bad_steps_in_a_row_stop_the_run_and_name_the_samples(tiny_bundle: Bundle, rows: Examples) -> None:
+def test_bad_steps_in_a_row_stop_the_run_and_name_the_samples(random_bundle: Bundle, rows: Examples) -> None:
     config = replace(CONFIG, max_skipped=3)
-    trainer = make_trainer(tiny_bundle, rows, config, change=_poison({3, 5, 7}))
+    trainer = make_trainer(random_bundle, rows, config, change=_poison({3, 5, 7}))
     bad = trainer._loader.places(3)[1]  # the second micro-batch of the step in which it ends
     with pytest.raises(TrainingError, match="3 steps in a row were not finite, the last is step 4") as caught:
         list(trainer.run(config.steps))
@@ -445,11 +445,11 @@ def _work(rank: int, world_size: int, meeting: str, folder: Path, results: Any) 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_three_workers_and_sharded_weights_compute_what_one_worker_does(
-    tiny_bundle: Bundle, folder: Path, rows: Examples, tmp_path: Path
+    random_bundle: Bundle, folder: Path, rows: Examples, tmp_path: Path
 ) -> None:
     """Three: with two, sums cannot depend on how gradients are grouped."""
     config = replace(CONFIG, dtype="float64", steps=4)
-    alone, trainer = _run(tiny_bundle, rows, config)
+    alone, trainer = _run(random_bundle, rows, config)
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     workers = [

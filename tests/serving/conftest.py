@@ -21,20 +21,20 @@ from serving.mllm_stage import MLLMStage
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle() -> Path:
+def random_bundle() -> Path:
     return ensure_bundle("random")
 
 
 @pytest.fixture(scope="session")
-def mllm(tiny_bundle: Path) -> Iterator[MLLMStage]:
-    stage = MLLMStage(str(tiny_bundle), device="cpu", cache_bytes=0)
+def mllm(random_bundle: Path) -> Iterator[MLLMStage]:
+    stage = MLLMStage(str(random_bundle), device="cpu", cache_bytes=0)
     yield stage
     stage.close()
 
 
 @pytest.fixture(scope="session")
-def diffusion(tiny_bundle: Path) -> Iterator[DiffusionStage]:
-    stage = DiffusionStage(str(tiny_bundle), device="cpu")
+def diffusion(random_bundle: Path) -> Iterator[DiffusionStage]:
+    stage = DiffusionStage(str(random_bundle), device="cpu")
     yield stage
     stage.close()
 
@@ -72,10 +72,10 @@ def mask() -> Callable[..., bytes]:
 
 
 @pytest.fixture(scope="session")
-def renamed_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def renamed_bundle(random_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded bundle under another name: same weights, another identity."""
     copy = tmp_path_factory.mktemp("bundles") / "renamed"
-    shutil.copytree(tiny_bundle, copy)
+    shutil.copytree(random_bundle, copy)
     config = json.loads((copy / "bundle.json").read_text())
     (copy / "bundle.json").write_text(json.dumps(config | {"name": "renamed"}))
     return copy

@@ -63,10 +63,10 @@ def test_webhooks_without_a_secret_fail_in_the_builder(monkeypatch: pytest.Monke
         app(args)
 
 
-def test_the_builder_takes_several_bundles_of_different_names(tiny_bundle: Path, renamed_bundle: Path) -> None:
-    app(ServingArgs(bundle=str(tiny_bundle), bundles=(str(renamed_bundle),)))
+def test_the_builder_takes_several_bundles_of_different_names(random_bundle: Path, renamed_bundle: Path) -> None:
+    app(ServingArgs(bundle=str(random_bundle), bundles=(str(renamed_bundle),)))
     with pytest.raises(BundleError, match="names must differ"):
-        app(ServingArgs(bundle=str(tiny_bundle), bundles=(str(tiny_bundle),)))
+        app(ServingArgs(bundle=str(random_bundle), bundles=(str(random_bundle),)))
 
 
 def test_a_bundle_that_cannot_serve_fails_in_the_builder() -> None:

@@ -23,9 +23,7 @@ from tests.pipelines.fault_proxy import FaultProxy
 from tests.serving.s3_store import S3Store
 
 TTL_S = 3600.0
-FACTS = EditFacts(
-    seed=7, settings={"steps": 20, "guidance_scale": 7.5}, expressive="A dark sky. ü", bundle="tiny@1", source=None
-)
+FACTS = EditFacts(seed=7, settings={"steps": 20, "guidance_scale": 7.5}, expressive="A dark sky. ü", bundle="tiny@1")
 
 
 class Clock:
@@ -85,13 +83,12 @@ def put(store: ArtifactStore, data: bytes = b"pixels", edit: EditFacts | None = 
 def test_any_replica_answers_for_any_result(shop: Shop) -> None:
     data = os.urandom(100_000)
     photo = put(shop.open(), b"photo", edit=None)
-    result = put(shop.open(), data, edit=FACTS.model_copy(update={"source": photo.id}))
+    result = put(shop.open(), data, edit=FACTS)
     other = shop.open()
     assert other.read(result.id) == (result, data)
     assert other.get(result.id) == result
     assert result.edit is not None
-    assert result.edit.source is not None
-    assert other.read(result.edit.source) == (photo, b"photo")
+    assert other.read(photo.id) == (photo, b"photo")
     assert (result.num_bytes, result.width, result.height, result.edit.seed) == (100_000, 4, 3, 7)
     shop.open().delete(result.id)
     with pytest.raises(ArtifactMissingError):

@@ -162,9 +162,9 @@ def test_a_board_that_fails_harms_no_edit_and_is_found_again_when_it_is_back(mon
 
 @pytest.mark.parametrize("stream", ["false", "true"])
 def test_delete_at_another_replica_takes_the_edit_out_of_the_engine(
-    mllm: MLLMStage, tiny_bundle: Path, photo: Photo, stream: str
+    mllm: MLLMStage, random_bundle: Path, photo: Photo, stream: str
 ) -> None:
-    stage = DiffusionStage(str(tiny_bundle), device="cpu")
+    stage = DiffusionStage(str(random_bundle), device="cpu")
 
     async def main() -> None:
         board = settled_board()

@@ -320,8 +320,8 @@ def test_a_stream_tells_words_and_steps_in_comments_and_errors_in_the_form_of_th
     assert send(client, photo()[:200], prompt="p", stream="true").status_code == 415  # nothing had been sent
 
 
-def test_a_full_engine_is_a_429_that_says_when_to_come_back(mllm: MLLMStage, tiny_bundle: Path, photo: Photo) -> None:
-    full = DiffusionStage(str(tiny_bundle), device="cpu", max_pixels_in_flight=60_000, max_waiting=0)
+def test_a_full_engine_is_a_429_that_says_when_to_come_back(mllm: MLLMStage, random_bundle: Path, photo: Photo) -> None:
+    full = DiffusionStage(str(random_bundle), device="cpu", max_pixels_in_flight=60_000, max_waiting=0)
     client = TestClient(build_api(InProcessBackend(mllm, full), timeout_s=60))
     with ThreadPoolExecutor(3) as pool:
         answers = list(pool.map(lambda _: send(client, photo(), prompt="p", steps=20), range(3)))
@@ -334,9 +334,9 @@ def test_a_full_engine_is_a_429_that_says_when_to_come_back(mllm: MLLMStage, tin
 
 @pytest.mark.parametrize("stream", ["false", "true"])
 def test_an_edit_whose_client_goes_away_leaves_the_engine(
-    mllm: MLLMStage, tiny_bundle: Path, photo: Photo, stream: str
+    mllm: MLLMStage, random_bundle: Path, photo: Photo, stream: str
 ) -> None:
-    stage = DiffusionStage(str(tiny_bundle), device="cpu")
+    stage = DiffusionStage(str(random_bundle), device="cpu")
     api = build_api(InProcessBackend(mllm, stage), timeout_s=60)
     request = httpx2.Request(
         "POST",
@@ -378,9 +378,9 @@ def test_an_edit_whose_client_goes_away_leaves_the_engine(
 
 
 def test_a_fault_of_ours_is_a_500_without_internals(
-    tiny_bundle: Path, diffusion: DiffusionStage, photo: Photo, caplog: pytest.LogCaptureFixture
+    random_bundle: Path, diffusion: DiffusionStage, photo: Photo, caplog: pytest.LogCaptureFixture
 ) -> None:
-    broken = MLLMStage(str(tiny_bundle), device="cpu")
+    broken = MLLMStage(str(random_bundle), device="cpu")
     broken.close()
     client = TestClient(build_api(InProcessBackend(broken, diffusion), timeout_s=60), raise_server_exceptions=False)
     response = send(client, photo(), prompt="p")

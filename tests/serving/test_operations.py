@@ -56,14 +56,14 @@ class Fragile(DiffusionStage):
         return os.getpid()
 
 
-def test_a_replica_whose_model_hangs_is_replaced(cluster: tuple[str, Path], tiny_bundle: Path) -> None:
+def test_a_replica_whose_model_hangs_is_replaced(cluster: tuple[str, Path], random_bundle: Path) -> None:
     stage: Any = serve.deployment(
         name="Fragile",
         health_check_period_s=0.5,
         graceful_shutdown_timeout_s=1,
         ray_actor_options={"num_cpus": 0.1},
     )(Fragile)
-    handle: Any = serve.run(stage.bind(str(tiny_bundle)), name="fragile", route_prefix=None)
+    handle: Any = serve.run(stage.bind(str(random_bundle)), name="fragile", route_prefix=None)
     stuck = handle.hang.remote().result()
     assert handle.pid.remote().result() == stuck  # its event loop is well
     deadline = time.monotonic() + 120

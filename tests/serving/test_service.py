@@ -415,11 +415,11 @@ def test_an_edit_past_its_deadline_leaves_the_engine(address: str, photo: Photo)
 
 
 def test_two_bundles_are_served_each_by_the_replicas_that_have_it_in_memory(
-    address: str, photo: Photo, tiny_bundle: Path, renamed_bundle: Path
+    address: str, photo: Photo, random_bundle: Path, renamed_bundle: Path
 ) -> None:
     serve.delete("mgie")
     args = ONE_REPLICA.model_copy(
-        update={"bundle": str(tiny_bundle), "bundles": (str(renamed_bundle),), "max_loaded": 1}
+        update={"bundle": str(random_bundle), "bundles": (str(renamed_bundle),), "max_loaded": 1}
         | {f"{stage}_{bound}_replicas": 2 for stage in ("mllm", "diffusion") for bound in ("min", "max")}
     )
     serve.run(app(args), name="mgie")

@@ -54,11 +54,11 @@ async def until(is_so: Callable[[], bool]) -> None:
 
 
 def test_an_edit_through_the_stages_equals_the_editor(
-    tiny_bundle: Path, mllm: MLLMStage, diffusion: DiffusionStage, photo: Photo
+    random_bundle: Path, mllm: MLLMStage, diffusion: DiffusionStage, photo: Photo
 ) -> None:
     image = photo(100, 60)
     derived, rendered = asyncio.run(edit(mllm, diffusion, image, "make it night", seed=5))
-    expected = Editor.load(tiny_bundle, device="cpu").edit(read_image(image), "make it night", seed=5, steps=3)
+    expected = Editor.load(random_bundle, device="cpu").edit(read_image(image), "make it night", seed=5, steps=3)
     assert derived.guidance.expressive == expected.expressive
     assert (pixels(rendered) == np.asarray(expected.image)).all()
     assert (rendered.width, rendered.height) == (100, 60)
@@ -67,10 +67,10 @@ def test_an_edit_through_the_stages_equals_the_editor(
 
 
 def test_concurrent_edits_of_mixed_sizes_equal_those_sent_alone_and_no_batch_mixes_sizes(
-    tiny_bundle: Path, photo: Photo
+    random_bundle: Path, photo: Photo
 ) -> None:
-    mllm = MLLMStage(str(tiny_bundle), device="cpu", cache_bytes=0)
-    diffusion = DiffusionStage(str(tiny_bundle), device="cpu")
+    mllm = MLLMStage(str(random_bundle), device="cpu", cache_bytes=0)
+    diffusion = DiffusionStage(str(random_bundle), device="cpu")
     calls = [(photo(*SHAPES[i % 3], seed=i), f"make it {'very ' * (i % 4)}dark", i) for i in range(12)]
 
     async def together() -> list[tuple[Derived, RenderedEdit]]:
@@ -82,7 +82,7 @@ def test_concurrent_edits_of_mixed_sizes_equal_those_sent_alone_and_no_batch_mix
     assert min(mean_sizes) > 1.5
     assert sum(map(len, batches)) == 3 * len(calls)  # steps
     assert all(len(set(keys)) == 1 for keys in batches)
-    config = open_bundle(tiny_bundle).config
+    config = open_bundle(random_bundle).config
     for (image, _, _), (_, rendered) in zip(calls, results, strict=True):
         framing = plan_framing(read_image(image).size, work_area_px=config.work_area_px, multiple_px=config.multiple_px)
         assert rendered.work_wh == framing.work_wh
@@ -96,8 +96,8 @@ def test_concurrent_edits_of_mixed_sizes_equal_those_sent_alone_and_no_batch_mix
     diffusion.close()
 
 
-def test_given_and_generated_texts_do_not_share_a_batch(tiny_bundle: Path, photo: Photo) -> None:
-    stage = MLLMStage(str(tiny_bundle), device="cpu")
+def test_given_and_generated_texts_do_not_share_a_batch(random_bundle: Path, photo: Photo) -> None:
+    stage = MLLMStage(str(random_bundle), device="cpu")
 
     async def main() -> list[Derived]:
         texts = [None, "a dark sky"] * 4
@@ -134,10 +134,10 @@ def test_a_bad_request_fails_alone(mllm: MLLMStage, diffusion: DiffusionStage, p
     asyncio.run(diffusion.check_health())
 
 
-def test_limits_of_the_service_hold_in_both_stages(tiny_bundle: Path, mllm: MLLMStage, photo: Photo) -> None:
+def test_limits_of_the_service_hold_in_both_stages(random_bundle: Path, mllm: MLLMStage, photo: Photo) -> None:
     limits = ImageLimits(max_pixels=1000)
-    strict_mllm = MLLMStage(str(tiny_bundle), device="cpu", limits=limits)
-    strict_diffusion = DiffusionStage(str(tiny_bundle), device="cpu", limits=limits)
+    strict_mllm = MLLMStage(str(random_bundle), device="cpu", limits=limits)
+    strict_diffusion = DiffusionStage(str(random_bundle), device="cpu", limits=limits)
     derived = asyncio.run(mllm.derive(photo(), "p"))
     with pytest.raises(ImageTooLargeError):
         asyncio.run(strict_mllm.derive(photo(), "p"))
@@ -155,9 +155,9 @@ def test_guidance_of_another_bundle_is_refused(mllm: MLLMStage, renamed_bundle: 
     other.close()
 
 
-def test_each_stage_loads_only_its_own_parts(tiny_bundle: Path, tmp_path: Path, photo: Photo) -> None:
+def test_each_stage_loads_only_its_own_parts(random_bundle: Path, tmp_path: Path, photo: Photo) -> None:
     for parts in (("unet", "vae"), ("vision", "projector", "llm", "edit_head")):
-        shutil.copytree(tiny_bundle, tmp_path / parts[0])
+        shutil.copytree(random_bundle, tmp_path / parts[0])
         for part in parts:
             shutil.rmtree(tmp_path / parts[0] / part)
     mllm = MLLMStage(str(tmp_path / "unet"), device="cpu")
@@ -216,9 +216,9 @@ def test_a_mask_that_cannot_be_used_is_named(
 
 
 def test_a_cancelled_or_overdue_edit_leaves_the_engine_within_a_step(
-    mllm: MLLMStage, tiny_bundle: Path, photo: Photo
+    mllm: MLLMStage, random_bundle: Path, photo: Photo
 ) -> None:
-    stage = DiffusionStage(str(tiny_bundle), device="cpu")
+    stage = DiffusionStage(str(random_bundle), device="cpu")
     [engine] = [one.engine for one in stage._pool.models().values()]
 
     async def main() -> None:
@@ -243,8 +243,8 @@ def test_a_cancelled_or_overdue_edit_leaves_the_engine_within_a_step(
     stage.close()
 
 
-def test_guidance_whose_time_has_run_out_is_not_derived(tiny_bundle: Path, photo: Photo) -> None:
-    stage = MLLMStage(str(tiny_bundle), device="cpu")
+def test_guidance_whose_time_has_run_out_is_not_derived(random_bundle: Path, photo: Photo) -> None:
+    stage = MLLMStage(str(random_bundle), device="cpu")
     may_go_on = threading.Event()
     [conditioner] = stage._pool.models().values()
     derive = conditioner.derive
@@ -266,9 +266,9 @@ def test_guidance_whose_time_has_run_out_is_not_derived(tiny_bundle: Path, photo
 
 
 def test_a_full_engine_says_when_to_come_back_also_from_another_process(
-    mllm: MLLMStage, tiny_bundle: Path, photo: Photo
+    mllm: MLLMStage, random_bundle: Path, photo: Photo
 ) -> None:
-    stage = DiffusionStage(str(tiny_bundle), device="cpu", max_pixels_in_flight=60_000, max_waiting=1)
+    stage = DiffusionStage(str(random_bundle), device="cpu", max_pixels_in_flight=60_000, max_waiting=1)
 
     async def main() -> list[RenderedEdit | BaseException]:
         derived = await mllm.derive(photo(), "p")
@@ -285,17 +285,17 @@ def test_a_full_engine_says_when_to_come_back_also_from_another_process(
 
 
 @pytest.mark.parametrize("kind", [MLLMStage, DiffusionStage])
-def test_a_dead_worker_is_unhealthy(tiny_bundle: Path, kind: type[MLLMStage | DiffusionStage]) -> None:
-    stage = kind(str(tiny_bundle), device="cpu")
+def test_a_dead_worker_is_unhealthy(random_bundle: Path, kind: type[MLLMStage | DiffusionStage]) -> None:
+    stage = kind(str(random_bundle), device="cpu")
     asyncio.run(stage.check_health())
     stage.close()
     with pytest.raises(RuntimeError, match="has ended"):
         asyncio.run(stage.check_health())
 
 
-def test_the_number_of_threads_is_fixed_where_the_model_runs(tiny_bundle: Path, photo: Photo) -> None:
+def test_the_number_of_threads_is_fixed_where_the_model_runs(random_bundle: Path, photo: Photo) -> None:
     before = torch.get_num_threads()
-    stage = MLLMStage(str(tiny_bundle), device="cpu", num_threads=2)
+    stage = MLLMStage(str(random_bundle), device="cpu", num_threads=2)
     seen = []
     [conditioner] = stage._pool.models().values()
     derive = conditioner.derive
@@ -311,8 +311,8 @@ def test_the_number_of_threads_is_fixed_where_the_model_runs(tiny_bundle: Path, 
     assert seen == [2]
 
 
-def test_an_edit_asked_for_again_takes_its_guidance_from_the_cache(tiny_bundle: Path, photo: Photo) -> None:
-    stage = MLLMStage(str(tiny_bundle), device="cpu")
+def test_an_edit_asked_for_again_takes_its_guidance_from_the_cache(random_bundle: Path, photo: Photo) -> None:
+    stage = MLLMStage(str(random_bundle), device="cpu")
 
     async def main() -> list[Derived]:
         one = await stage.derive(photo(), "p")
@@ -343,9 +343,9 @@ def test_edits_that_run_together_are_derived_once_where_they_are_equal(mllm: MLL
 
 
 def test_prompts_of_one_length_share_a_batch_and_a_deterministic_edit_has_its_own(
-    tiny_bundle: Path, photo: Photo
+    random_bundle: Path, photo: Photo
 ) -> None:
-    stage = MLLMStage(str(tiny_bundle), device="cpu", cache_bytes=0)
+    stage = MLLMStage(str(random_bundle), device="cpu", cache_bytes=0)
 
     async def main() -> list[Derived]:
         return await asyncio.gather(
@@ -363,9 +363,9 @@ def test_prompts_of_one_length_share_a_batch_and_a_deterministic_edit_has_its_ow
 
 @pytest.mark.parametrize("ends", ["cancel", "deadline"])
 def test_a_derivation_that_nobody_waits_for_leaves_its_batch_within_a_token(
-    tiny_bundle: Path, photo: Photo, ends: str
+    random_bundle: Path, photo: Photo, ends: str
 ) -> None:
-    stage = MLLMStage(str(tiny_bundle), device="cpu", cache_bytes=0)
+    stage = MLLMStage(str(random_bundle), device="cpu", cache_bytes=0)
     [conditioner] = stage._pool.models().values()
     rows: list[int] = []
     all_wait, gone = threading.Event(), threading.Event()
@@ -414,11 +414,11 @@ def test_a_derivation_that_nobody_waits_for_leaves_its_batch_within_a_token(
 
 @pytest.mark.parametrize("max_loaded", [1, 2])
 def test_two_bundles_under_alternating_load_equal_each_served_alone(
-    tiny_bundle: Path, renamed_bundle: Path, photo: Photo, max_loaded: int
+    random_bundle: Path, renamed_bundle: Path, photo: Photo, max_loaded: int
 ) -> None:
     given = {"device": "cpu", "max_loaded": max_loaded}
-    mllm = MLLMStage(str(tiny_bundle), [str(renamed_bundle)], cache_bytes=0, **given)
-    diffusion = DiffusionStage(str(tiny_bundle), [str(renamed_bundle)], **given)
+    mllm = MLLMStage(str(random_bundle), [str(renamed_bundle)], cache_bytes=0, **given)
+    diffusion = DiffusionStage(str(random_bundle), [str(renamed_bundle)], **given)
     names = [info.name for info in asyncio.run(mllm.models())]
     assert names == [info.name for info in asyncio.run(diffusion.models())]
     assert names[1] == "renamed"
@@ -448,11 +448,11 @@ def test_two_bundles_under_alternating_load_equal_each_served_alone(
 
 
 def test_a_bundle_that_cannot_be_loaded_fails_its_own_edits_by_name(
-    tiny_bundle: Path, renamed_bundle: Path, tmp_path: Path, photo: Photo
+    random_bundle: Path, renamed_bundle: Path, tmp_path: Path, photo: Photo
 ) -> None:
     shutil.copytree(renamed_bundle, tmp_path / "broken")
     shutil.rmtree(tmp_path / "broken" / "llm")
-    stage = MLLMStage(str(tiny_bundle), [str(tmp_path / "broken")], device="cpu")
+    stage = MLLMStage(str(random_bundle), [str(tmp_path / "broken")], device="cpu")
 
     async def main() -> None:
         good, bad = await asyncio.gather(
@@ -469,16 +469,16 @@ def test_a_bundle_that_cannot_be_loaded_fails_its_own_edits_by_name(
     stage.close()
 
 
-def test_bundles_of_one_name_are_refused(tiny_bundle: Path) -> None:
+def test_bundles_of_one_name_are_refused(random_bundle: Path) -> None:
     with pytest.raises(BundleError, match="names must differ"):
-        MLLMStage(str(tiny_bundle), [str(tiny_bundle)], device="cpu")
+        MLLMStage(str(random_bundle), [str(random_bundle)], device="cpu")
 
 
 def test_both_stages_serve_the_patient_after_those_who_come_later(
-    tiny_bundle: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch
+    random_bundle: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mllm = MLLMStage(str(tiny_bundle), device="cpu", cache_bytes=0)
-    diffusion = DiffusionStage(str(tiny_bundle), device="cpu", max_pixels_in_flight=3 * 160 * 112)
+    mllm = MLLMStage(str(random_bundle), device="cpu", cache_bytes=0)
+    diffusion = DiffusionStage(str(random_bundle), device="cpu", max_pixels_in_flight=3 * 160 * 112)
     may_begin, work = threading.Event(), mllm._worker._work
     ended: list[str] = []
 

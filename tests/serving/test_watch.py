@@ -51,11 +51,11 @@ def figures() -> Figures:
 
 
 @pytest.fixture
-def watched(tiny_bundle: Path, figures: Figures) -> Iterator[tuple[MLLMStage, DiffusionStage]]:
+def watched(random_bundle: Path, figures: Figures) -> Iterator[tuple[MLLMStage, DiffusionStage]]:
     watch = Watch(meter=figures)
     stages = (
-        MLLMStage(str(tiny_bundle), device="cpu", watch=watch),
-        DiffusionStage(str(tiny_bundle), device="cpu", watch=watch),
+        MLLMStage(str(random_bundle), device="cpu", watch=watch),
+        DiffusionStage(str(random_bundle), device="cpu", watch=watch),
     )
     yield stages
     for stage in stages:
@@ -80,9 +80,9 @@ class Stuck:
 
 @pytest.mark.parametrize("kind", [MLLMStage, DiffusionStage])
 def test_a_model_that_hangs_is_unhealthy_until_it_works_again(
-    tiny_bundle: Path, kind: type[MLLMStage | DiffusionStage]
+    random_bundle: Path, kind: type[MLLMStage | DiffusionStage]
 ) -> None:
-    stage: Any = kind(str(tiny_bundle), device="cpu", watch=Watch(trial_period_s=1e-6, trial_timeout_s=0.5))
+    stage: Any = kind(str(random_bundle), device="cpu", watch=Watch(trial_period_s=1e-6, trial_timeout_s=0.5))
     [model] = stage._pool.models().values()
     owner, name = (model, "derive") if kind is MLLMStage else (model.renderer, "denoiser")
     stuck = Stuck(getattr(owner, name))

@@ -56,15 +56,15 @@ def test_shipped_bundles_are_whole_trained_and_unpacked_once(name: ShippedName) 
     assert (ensure_bundle(name) / CONFIG_FILE).stat().st_mtime_ns == before
 
 
-def test_random_bundles_say_that_they_are_untrained(tiny_bundle: Bundle, summarizer_bundle: Bundle) -> None:
-    assert tiny_bundle.config.trained is False
+def test_random_bundles_say_that_they_are_untrained(random_bundle: Bundle, summarizer_bundle: Bundle) -> None:
+    assert random_bundle.config.trained is False
     assert summarizer_bundle.config.trained is False
-    tiny_bundle.verify()
+    random_bundle.verify()
     summarizer_bundle.verify()
 
 
-def test_the_random_bundle_has_every_part_of_an_editor_and_a_few_million_parameters(tiny_bundle: Bundle) -> None:
-    mgie = tiny_bundle.load_mgie(device="cpu")
+def test_the_random_bundle_has_every_part_of_an_editor_and_a_few_million_parameters(random_bundle: Bundle) -> None:
+    mgie = random_bundle.load_mgie(device="cpu")
     num_parameters = sum(p.numel() for p in mgie.parameters())
     assert 1e6 < num_parameters < 2e7
     assert mgie.num_visual_tokens == 8
@@ -94,10 +94,10 @@ def test_the_random_text_tokenizer_is_a_real_one() -> None:
     assert strange.count(tokenizer.eos_token_id) == 1  # every byte is known, and text never becomes a control token
 
 
-def test_both_random_editors_have_the_same_diffusion_model(tiny_bundle: Bundle) -> None:
+def test_both_random_editors_have_the_same_diffusion_model(random_bundle: Bundle) -> None:
     files = Bundle(ensure_bundle("random-ip2p")).config.files
     for name in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
-        assert files[name] == tiny_bundle.config.files[name]
+        assert files[name] == random_bundle.config.files[name]
 
 
 def test_the_random_summarizer_generates(summarizer_bundle: Bundle) -> None:

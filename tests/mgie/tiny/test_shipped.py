@@ -13,26 +13,26 @@ from mgie.tiny.shipped import pack, unpack
 
 
 @pytest.fixture(scope="module")
-def packed(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def packed(random_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("packed") / "shipped"
-    pack({"one": tiny_bundle, "other": tiny_bundle}, out)
+    pack({"one": random_bundle, "other": random_bundle}, out)
     return out
 
 
-def test_an_unpacked_bundle_is_the_packed_one_in_float16(packed: Path, tiny_bundle: Bundle, tmp_path: Path) -> None:
+def test_an_unpacked_bundle_is_the_packed_one_in_float16(packed: Path, random_bundle: Bundle, tmp_path: Path) -> None:
     unpack(packed, "one", tmp_path / "bundle")
     bundle = Bundle(tmp_path / "bundle")
     bundle.verify()
     assert bundle.config.name == "one"
-    assert bundle.config.parts == tiny_bundle.config.parts
-    assert bundle.config.generation == tiny_bundle.config.generation
-    for file in tiny_bundle.config.files:
+    assert bundle.config.parts == random_bundle.config.parts
+    assert bundle.config.generation == random_bundle.config.generation
+    for file in random_bundle.config.files:
         if file.endswith(".safetensors"):
-            before, after = load_file(tiny_bundle.root / file), load_file(bundle.root / file)
+            before, after = load_file(random_bundle.root / file), load_file(bundle.root / file)
             assert before.keys() == after.keys()
             assert all(torch.equal(after[key], before[key].half()) for key in before)
         else:
-            assert (bundle.root / file).read_bytes() == (tiny_bundle.root / file).read_bytes()
+            assert (bundle.root / file).read_bytes() == (random_bundle.root / file).read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 

@@ -159,7 +159,9 @@ def test_the_file_is_followed_and_a_broken_one_changes_nothing(
 
 def test_the_command_makes_a_key_and_its_entry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     app.cli(args=["new", "alice", "--requests-per-minute", "60", "--priority", "batch"])
-    _, key, _, text = capsys.readouterr().out.split("\n\n", 3)
+    made = capsys.readouterr()
+    key, text = made.err.split()[-1], made.out
+    assert key not in text
     (content,) = tomllib.loads(text)["keys"]
     assert content == {
         "name": "alice",

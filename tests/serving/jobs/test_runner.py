@@ -174,9 +174,9 @@ def test_a_queued_job_is_cancelled_by_any_replica_and_never_run(replicas: Replic
 
 @pytest.mark.parametrize("way", ["own replica", "board", "heartbeat"])
 def test_a_running_job_that_is_cancelled_leaves_the_engine(
-    replicas: Replicas, mllm: MLLMStage, tiny_bundle: Path, small: bytes, way: str
+    replicas: Replicas, mllm: MLLMStage, random_bundle: Path, small: bytes, way: str
 ) -> None:
-    stage = DiffusionStage(str(tiny_bundle), device="cpu")
+    stage = DiffusionStage(str(random_bundle), device="cpu")
     now_s = [0.0]
     board = CancelBoard(clock=lambda: now_s[0]) if way == "board" else None
     here = replicas.open(
