@@ -41,6 +41,8 @@ PANEL_SIDE_PX = 512  # longer side of each half of the before/after picture
 MARGIN_PX = 16
 TEXT_PX = 16
 
+_TOKEN = secrets.token_hex(32)  # one for all clusters of this process: Ray keeps the first for the process's life
+
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
@@ -152,7 +154,7 @@ def local_cluster(*, port: int, num_cpus: int | None = None) -> Iterator[tuple[s
     # A token of our own: Ray would leave one in the home folder, readable by everybody. Ray reads the mode when it
     # is imported, too early for us; with the variable absent `ray.init` switches a local cluster to tokens itself.
     os.environ.pop("RAY_AUTH_MODE", None)
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ["RAY_AUTH_TOKEN"] = _TOKEN
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         ray.init(
