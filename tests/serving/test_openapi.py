@@ -22,7 +22,7 @@ from serving.mllm_stage import MLLMStage
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-NUM_CASES = 25
+NUM_CASES = 60
 "of each operation, media type and mode"
 
 
@@ -82,8 +82,8 @@ def test_no_request_makes_the_service_fail_or_answer_what_is_not_documented(
         for mode in GenerationMode if operation.method == "post" else [GenerationMode.POSITIVE]:
             check(operation, mode)
     record_property("cases", str(dict(statuses)))
-    assert statuses["POST /v1/images/edits", 200] > 0
-    assert statuses["POST /v1/images/edits", 202] > 0
+    assert statuses["POST /v1/images/edits", 200] > 5
+    assert statuses["POST /v1/images/edits", 202] > 2
     assert statuses["POST /v1/images/edits", 400] > 5
     assert statuses["GET /v1/edits/{job_id}", 404] > 5
     assert statuses["DELETE /v1/edits/{job_id}", 404] > 5
