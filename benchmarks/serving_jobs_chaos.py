@@ -15,6 +15,7 @@ import os
 import random
 import secrets
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -24,8 +25,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import httpx2
-import psutil
 import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, for what is shared with the tests
 
 from serving.args import ServingArgs
 from serving.backend import InProcessBackend
@@ -34,15 +36,10 @@ from serving.diffusion_stage import DiffusionStage
 from serving.jobs.webhooks import SECRET_VARIABLE
 from serving.mllm_stage import MLLMStage
 from serving.schema import EditForm, edit_call
+from tests.serving.chaos import kill, processes
 
-# As Ray names the processes.
-PROCESSES = {
-    "ingress": "ray::ServeReplica:mgie:Ingress",
-    "mllm": "ray::ServeReplica:mgie:MLLMStage",
-    "diffusion": "ray::ServeReplica:mgie:DiffusionStage",
-    "controller": "ray::ServeController",
-}
-GONE_S, BACK_S, POLL_S = 10.0, 180.0, 0.5
+KINDS = ("ingress", "mllm", "diffusion", "controller")
+BACK_S, POLL_S = 180.0, 0.5
 ENDED = ("done", "failed", "cancelled")
 
 
@@ -200,47 +197,27 @@ def fingerprint(job: dict[str, Any]) -> str:
     return json.dumps([job["started_at"], job["ended_at"], job["result"] and job["result"]["mgie"]], sort_keys=True)
 
 
-def processes(kind: str) -> list[psutil.Process]:
-    """Of this benchmark's own cluster."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            title = " ".join(process.cmdline())
-            if title.startswith(PROCESSES[kind]) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.NoSuchProcess:
-            continue
-    return found
-
-
-async def kill(kind: str) -> float:
-    """Kills one of a kind; returns when, Unix time.
+async def kill_when_back(kind: str) -> float:
+    """Kills one of a kind, once there is one; returns when, Unix time.
 
     Raises:
-        SystemExit: There is none, or it does not die.
+        SystemExit: None came back since the last.
     """
     until_s = time.monotonic() + BACK_S
-    while not (found := processes(kind)):
+    while not processes(kind):
         if time.monotonic() > until_s:
             raise SystemExit(f"no {kind} came back within {BACK_S:g} s")
         await asyncio.sleep(0.1)
-    victim = random.choice(found)
-    assert victim.is_running()
     killed_s = time.time()
-    victim.kill()
-    until_s = time.monotonic() + GONE_S
-    while victim in processes(kind):
-        if time.monotonic() > until_s:
-            raise SystemExit(f"{kind} {victim.pid} survived SIGKILL")
-        await asyncio.sleep(0.02)
+    await kill(kind)
     return killed_s
 
 
 async def measure(config: BenchmarkConfig, client: Client) -> dict[str, list[float]]:
     """Sends and kills; returns the times of the kills by kind."""
-    kinds = [kind for kind in PROCESSES for _ in range(config.kills)]
+    kinds = [kind for kind in KINDS for _ in range(config.kills)]
     random.shuffle(kinds)
-    killed_s: dict[str, list[float]] = {kind: [] for kind in PROCESSES}
+    killed_s: dict[str, list[float]] = {kind: [] for kind in KINDS}
     waiting = list(client.jobs)
     tasks: list[asyncio.Task[None]] = []
 
@@ -252,7 +229,7 @@ async def measure(config: BenchmarkConfig, client: Client) -> dict[str, list[flo
     for turn, kind in enumerate(kinds):
         send(share)
         await asyncio.sleep(random.uniform(0.2, 2.0))  # some of them are being run, others wait, others are done
-        killed_s[kind].append(await kill(kind))
+        killed_s[kind].append(await kill_when_back(kind))
         # The next when the service works again, or it would be one long outage.
         until_s = time.monotonic() + BACK_S
         while client.num_ended < config.jobs - len(waiting) - share // 2:
@@ -298,7 +275,7 @@ async def run(config: BenchmarkConfig, address: str, receiver: Receiver) -> dict
         job for job in client.jobs if {fingerprint(told) for told in receiver.told[job.id]} - set(job.results)
     ]
     kills = sorted((at_s, kind) for kind, times in killed_s.items() for at_s in times)
-    recoveries_s: dict[str, list[float]] = {kind: [] for kind in PROCESSES}  # to a second, as jobs tell their times
+    recoveries_s: dict[str, list[float]] = {kind: [] for kind in KINDS}  # to a second, as jobs tell their times
     for job in client.jobs:
         before = [(at_s, kind) for at_s, kind in kills if at_s <= job.started_s + 1]
         if job.attempts > 1 and before:

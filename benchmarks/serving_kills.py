@@ -11,28 +11,25 @@ import hashlib
 import json
 import os
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import httpx2
-import psutil
 import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, for what is shared with the tests
 
 from serving.args import ServingArgs
 from serving.demo import draw_landscape, free_port, local_service
+from tests.serving.chaos import kill, processes
 
-# As Ray names the processes.
-PROCESSES = {
-    "ingress": "ray::ServeReplica:mgie:Ingress",
-    "mllm": "ray::ServeReplica:mgie:MLLMStage",
-    "diffusion": "ray::ServeReplica:mgie:DiffusionStage",
-    "controller": "ray::ServeController",
-    "proxy": "ray::ProxyActor",
-}
+KINDS = ("ingress", "mllm", "diffusion", "controller", "proxy")
 NUM_EDITS = 6  # different ones
 NUM_ANSWERS = 3  # with 200, until a kill is over
-GONE_S, BACK_S = 10.0, 180.0
+BACK_S = 180.0
 # Ray's defaults leave a dead proxy for half a minute.
 PROXY_CHECKS = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2"}
 
@@ -45,7 +42,7 @@ class BenchmarkConfig:
     "as `mgie.bundles.open_bundle` takes it"
     kills: int = 10
     "of each kind"
-    kinds: tuple[str, ...] = tuple(PROCESSES)
+    kinds: tuple[str, ...] = KINDS
     "of process"
     num_clients: int = 3
     "each sends its next edit when the last is answered"
@@ -112,20 +109,6 @@ class Clients:
             number += 1
 
 
-def processes(kind: str) -> list[psutil.Process]:
-    """Of this benchmark's own cluster."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            # A new process has its name before it is ready, and a dead one until somebody asked for its status.
-            title = " ".join(process.cmdline())
-            if title.startswith(PROCESSES[kind]) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.NoSuchProcess:
-            continue
-    return found
-
-
 async def until(is_so: Callable[[], object], seconds: float, what: str) -> None:
     """Waits for a condition.
 
@@ -147,18 +130,12 @@ async def measure(config: BenchmarkConfig, address: str) -> dict[str, object]:
     recoveries_s: dict[str, list[float]] = {kind: [] for kind in config.kinds}
     for turn in range(config.kills):
         for kind in config.kinds:
-            victim, *others = processes(kind)
-            others_before = {other.pid for other in others}
+            all_before = set(processes(kind))
             clients.killed = kind
             before = clients.answered[kind]
             killed_s = time.monotonic()
-            victim.kill()
-            await until(lambda: victim not in processes(kind), GONE_S, f"the end of {kind}")  # noqa: B023
-            await until(
-                lambda: {one.pid for one in processes(kind)} - others_before - {victim.pid},  # noqa: B023
-                BACK_S,
-                f"another {kind}",
-            )
+            await kill(kind)
+            await until(lambda: set(processes(kind)) - all_before, BACK_S, f"another {kind}")  # noqa: B023
             await until(lambda: clients.answered[kind] >= before + NUM_ANSWERS, BACK_S, f"edits after {kind}")  # noqa: B023
             recoveries_s[kind].append(time.monotonic() - killed_s)
         print(f"turn {turn + 1}: sent {clients.sent['all']}, lost {dict(clients.lost)}", flush=True)

@@ -3,8 +3,8 @@
 Each sample has an account of the work that was done for it. The next batch is that of the sample with the
 smallest account, filled with others of its key, the smallest first; everyone in it is charged an equal part. So
 all samples advance at the same rate of work whatever their size and whoever shares their key, and a key with many
-samples gets more steps' work, not more steps. One that has not begun goes first: it waits for one step at most, and
-delays the others by one.
+samples gets more steps' work, not more steps. Those that have not begun go first, in the order in which they came: one that
+comes alone is in the next step and delays the others by one; of several with different keys each waits for those before it.
 
 Knows nothing of models or threads: the caller holds the lock.
 
@@ -29,7 +29,7 @@ class _Account:
 
     @property
     def order(self) -> tuple[bool, float, int]:
-        return self.has_begun, self.spent, self.number
+        return self.has_begun, self.spent if self.has_begun else 0.0, self.number
 
 
 class Turns(Generic[ItemT]):

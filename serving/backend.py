@@ -77,6 +77,14 @@ class EditBackend(Protocol):
         """The same step by step: `Derived` first, `EditOutcome` last. Closing it frees what it holds."""
         ...
 
+    def check_room(self) -> None:
+        """Returns if an edit would be taken on now.
+
+        Raises:
+            EngineFullError: It would be refused.
+        """
+        ...
+
     async def models(self) -> tuple[BundleInfo, ...]:
         """The served bundles, as both stages report them, the default first.
 
@@ -132,6 +140,9 @@ class InProcessBackend:
             timeout_s=seconds_left(call),
             trace=call.trace,
         )
+
+    def check_room(self) -> None:
+        """See `EditBackend`. The stages say it themselves."""
 
     async def models(self) -> tuple[BundleInfo, ...]:
         """See `EditBackend`."""

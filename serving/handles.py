@@ -76,13 +76,17 @@ class HandleBackend:
         Raises:
             EngineFullError: There is none.
         """
-        if self._num_open == self._max_open:
-            raise EngineFullError(f"{self._num_open} edits are under way; at most {self._max_open} may be")
+        self.check_room()
         self._num_open += 1
         try:
             yield
         finally:
             self._num_open -= 1
+
+    def check_room(self) -> None:
+        """See `EditBackend`."""
+        if self._num_open == self._max_open:
+            raise EngineFullError(f"{self._num_open} edits are under way; at most {self._max_open} may be")
 
     def _for(self, stage: DeploymentHandle[Any], call: EditCall) -> Any:
         """Of several bundles: with a replica first that has the edit's own in memory."""

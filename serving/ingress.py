@@ -48,7 +48,7 @@ from serving.schema import (
     json_schema,
 )
 from serving.editing import BATCH_PATIENCE_S, EditService
-from serving.spans import NO_SPANS, TRACE_HEADERS, Spans
+from serving.spans import NO_SPANS, Spans, trace_of
 from serving.stage import DEFAULT_LIMITS
 from serving.website import add_page
 
@@ -108,8 +108,8 @@ def build_api(
 
     runner = desk = None
     if jobs is not None:
-        runner = JobRunner(jobs, backend, service, settings=job_settings, teller=Told())
-        desk = JobDesk(jobs, runner, service, settings=job_settings, public_url=public_url)
+        runner = JobRunner(jobs, backend, service, settings=job_settings, teller=Told(), meter=meter, spans=spans)
+        desk = JobDesk(jobs, runner, service, settings=job_settings, public_url=public_url, meter=meter)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -160,6 +160,8 @@ def build_api(
         try:
             async with deadline:
                 wants_job = is_job(request, has_jobs=desk is not None)
+                if not wants_job:
+                    backend.check_room()  # before the body is read: under overload a refusal has to be cheap
                 form = await read_form(request)
                 if logs_prompts:
                     request.state.logged_words = {"prompt": form.prompt, "expressive": form.expressive}
@@ -183,7 +185,7 @@ def build_api(
                     deadline=started_s + allowed_s,
                     caller=request.state.caller,
                     priority=request.state.priority or "interactive",
-                    trace={name: request.headers[name] for name in TRACE_HEADERS if name in request.headers},
+                    trace=trace_of(request.headers),
                 )
                 if form.stream:
                     return await event_stream(request, accepted, service)

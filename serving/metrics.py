@@ -15,6 +15,7 @@ SAMPLE_PERIOD_S = 2.0  # of what is looked at again and again, rather than told 
 # Of queues, derivations and whole edits: from a cached answer to the longest deadline that people set.
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
 _STEP_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0)
+_JOB_SECONDS = (1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1280.0, 2560.0, 5120.0)
 _ROWS = (3.0, 6.0, 9.0, 12.0, 18.0, 24.0, 36.0, 48.0, 72.0, 96.0)
 
 
@@ -79,6 +80,17 @@ WORK_LEFT = Metric(
     "mgie_work_left", "gauge", "Work accepted and not done: tokens (MLLM stage) or pixel-steps (diffusion stage)"
 )
 WORK_RATE = Metric("mgie_work_rate", "gauge", "Work that a busy stage replica does per second, in the same units")
+JOBS = Metric("mgie_jobs", "counter", "Jobs that ended, by how: done, failed, cancelled", tags=("status",))
+JOB_SECONDS = Metric(
+    "mgie_job_seconds", "histogram", "From the acceptance of a job to its end, of those done", boundaries=_JOB_SECONDS
+)
+JOB_RETRIES = Metric("mgie_job_retries", "counter", "Jobs begun again: a run failed, or what ran it died")
+JOBS_LINED_UP = Metric(
+    "mgie_jobs_lined_up", "gauge", "Jobs of the whole service that have not ended, as a replica last saw them"
+)
+WEBHOOKS = Metric(
+    "mgie_webhooks", "counter", "Calls of webhooks: delivered, pending (tried again later), given_up", tags=("status",)
+)
 
 METRICS = (
     EDITS,
@@ -97,6 +109,11 @@ METRICS = (
     LOADED_BUNDLES,
     WORK_LEFT,
     WORK_RATE,
+    JOBS,
+    JOB_SECONDS,
+    JOB_RETRIES,
+    JOBS_LINED_UP,
+    WEBHOOKS,
 )
 
 

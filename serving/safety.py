@@ -91,6 +91,10 @@ class CheckedBackend:
                     await self._ask_of_results(call, event)
                 yield event
 
+    def check_room(self) -> None:
+        """See `EditBackend`."""
+        self._backend.check_room()
+
     async def models(self) -> tuple[BundleInfo, ...]:
         """See `EditBackend`."""
         return await self._backend.models()

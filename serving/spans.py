@@ -23,6 +23,11 @@ Trace = Mapping[str, str]
 NO_TRACE: Trace = {}
 
 
+def trace_of(headers: Mapping[str, str]) -> Trace:
+    """Where a request belongs."""
+    return {name: headers[name] for name in TRACE_HEADERS if name in headers}
+
+
 class OpenSpan:
     """A span that has not ended; `trace` goes with the calls that belong to it."""
 

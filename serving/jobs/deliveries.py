@@ -15,6 +15,7 @@ from serving.jobs import webhooks
 from serving.jobs.record import JobRecord
 from serving.jobs.store import Job, JobStore, Place
 from serving.jobs.view import view_job
+from serving.metrics import WEBHOOKS, Meter
 
 logger = logging.getLogger("serving.jobs")
 
@@ -25,10 +26,11 @@ class Deliverer:
     Args:
         jobs: Where they are.
         settings: None: webhooks are given up.
+        meter: Takes figures.
     """
 
-    def __init__(self, jobs: JobStore, settings: webhooks.WebhookSettings | None) -> None:
-        self._jobs, self._settings = jobs, settings
+    def __init__(self, jobs: JobStore, settings: webhooks.WebhookSettings | None, meter: Meter) -> None:
+        self._jobs, self._settings, self._meter = jobs, settings, meter
         self._client: httpx2.AsyncClient | None = None
 
     @contextlib.asynccontextmanager
@@ -90,5 +92,7 @@ class Deliverer:
             return record.model_copy(update={"webhook": heard})
 
         changed = await asyncio.to_thread(self._jobs.update, job, change)
+        if changed is not None and changed.record.webhook is not None:
+            self._meter(WEBHOOKS, status=changed.record.webhook.status)
         if changed is None or changed.record.webhook is None or changed.record.webhook.status != "pending":
             await asyncio.to_thread(self._jobs.remove, place)

@@ -20,7 +20,9 @@ from serving.jobs.runner import JobRunner, JobSettings
 from serving.jobs.store import Job, JobRequest, JobStore, form_digest
 from serving.jobs.view import JobView, view_job
 from serving.jobs.webhooks import check_url
+from serving.metrics import JOBS, Meter
 from serving.schema import EditForm, ErrorResponse, Priority, RequestError, shown
+from serving.spans import trace_of
 
 EVENTS_EVERY_S = 0.5  # between two looks at a job that somebody follows
 ALIVE_EVERY_S = 15.0  # an event stream in which nothing happens says so, lest something on its way closes it
@@ -92,6 +94,7 @@ class JobDesk:
         service: Checks what jobs are to do.
         settings: Those of the runner.
         public_url: Where clients reach the service; None: as the request says.
+        meter: Takes figures.
     """
 
     def __init__(
@@ -102,9 +105,11 @@ class JobDesk:
         *,
         settings: JobSettings,
         public_url: str | None,
+        meter: Meter,
     ) -> None:
         self._jobs, self._runner, self._service = jobs, runner, service
         self._settings, self._public_url = settings, public_url
+        self._meter = meter
 
     async def accept(self, request: Request, form: EditForm) -> Response:
         """202 of an edit that is to be a job; all that can be checked without the models is checked.
@@ -138,6 +143,7 @@ class JobDesk:
             deadline=math.inf,  # counts from when it is run
             caller=request.state.caller,
             priority=priority,
+            trace=trace_of(request.headers),
         )
         settings = {**accepted.bundle.defaults, **accepted.call.overrides}
         accepted_s = self._jobs.now_s()
@@ -195,6 +201,7 @@ class JobDesk:
         )
         async def cancel_job(job_id: str) -> Response:
             cancelled = await asyncio.to_thread(self._jobs.cancel, job_id)
+            self._meter(JOBS, status=cancelled.record.status)
             self._runner.wake()  # it may have a webhook
             with contextlib.suppress(BoardError):  # who runs it notices with the next heartbeat
                 await self._service.running.cancel(job_id)

@@ -15,7 +15,7 @@ import secrets
 import time
 from bisect import bisect_left
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -30,7 +30,10 @@ from serving.jobs.record import JobFailedError, JobRecord, Lease
 from serving.jobs.store import Job, JobStore, Place
 from serving.jobs.webhooks import WebhookSettings
 from serving.kept import KeptResults
-from serving.stage_calls import Derived
+from serving.metrics import JOB_RETRIES, JOB_SECONDS, JOBS, JOBS_LINED_UP, Meter, unmetered
+from serving.spans import NO_SPANS, Spans
+from serving.schema import EditCall
+from serving.stage_calls import BundleInfo, Derived
 
 HEARTBEATS_PER_LEASE = 4  # three may fail
 MAX_DELIVERIES = 8  # webhooks called at a time
@@ -109,6 +112,8 @@ class JobRunner:
         service: Of the same backend; knows the models, and the edits that can be called off.
         settings: See there.
         teller: See there.
+        meter: Takes figures.
+        spans: Of the edits.
     """
 
     def __init__(
@@ -119,11 +124,14 @@ class JobRunner:
         *,
         settings: JobSettings,
         teller: Teller,
+        meter: Meter = unmetered,
+        spans: Spans = NO_SPANS,
     ) -> None:
         self._jobs, self._backend, self._service = jobs, backend, service
         self._settings, self._teller = settings, teller
+        self._meter, self._spans = meter, spans
         self._kept = KeptResults(jobs.artifacts)
-        self._deliverer = Deliverer(jobs, settings.webhooks)
+        self._deliverer = Deliverer(jobs, settings.webhooks, meter)
         self._wake = asyncio.Event()
         self._is_closing = False
         self._line: list[str] = []  # names of places, as last listed
@@ -198,6 +206,7 @@ class JobRunner:
         """One look at the line; begins what can be begun."""
         places = await asyncio.to_thread(self._jobs.line)
         self._line = [place.name for place in places if not place.is_delivery]
+        self._meter(JOBS_LINED_UP, len(self._line))
         known = self._look_s
         self._look_s = look_s = {place.name: known.get(place.name, 0.0) for place in places}
         for place in places:
@@ -266,8 +275,12 @@ class JobRunner:
         if found is None:
             return None
         if found.record.has_ended:  # also by one that died before it could settle it
+            if claimed is not None:
+                self._meter(JOBS, status=found.record.status)
             self._jobs.settle(found)
             return None
+        if claimed is not None and claimed.record.attempts > 1:
+            self._meter(JOB_RETRIES)
         return claimed or found.record.due_s()
 
     # ---- running
@@ -327,23 +340,29 @@ class JobRunner:
                 started_s = time.monotonic()
                 call = order.edit_call(image=image, mask=mask, deadline=started_s + left_s)
                 bundle = named_bundle(await self._service.models(), call.model)
-                outcome: EditOutcome | None = None
-                async with contextlib.aclosing(self._backend.stream(call)) as events:
-                    async for event in events:
-                        if isinstance(event, Derived):
-                            hold.num_steps = dict(bundle.defaults, **call.overrides)["steps"]
-                            hold.has_news.set()
-                        elif isinstance(event, Stepped):
-                            hold.step, hold.num_steps = event.step, event.num_steps
-                        elif isinstance(event, EditOutcome):
-                            outcome = event
+                with self._spans.span("edit", call.trace) as span:
+                    outcome = await self._followed(hold, replace(call, trace=span.trace), bundle)
         except TimeoutError as error:
             if not limit.expired():
                 raise  # a timeout of something else
             raise _overdue(hold.job.record) from error
-        assert outcome is not None  # the last event of every backend
         accepted = AcceptedEdit(id=hold.job.id, call=call, bundle=bundle, base_url=order.base_url, started_s=started_s)
         return accepted, outcome
+
+    async def _followed(self, hold: _Hold, call: EditCall, bundle: BundleInfo) -> EditOutcome:
+        """The edit, while `hold` tells how far it is."""
+        outcome: EditOutcome | None = None
+        async with contextlib.aclosing(self._backend.stream(call)) as events:
+            async for event in events:
+                if isinstance(event, Derived):
+                    hold.num_steps = dict(bundle.defaults, **call.overrides)["steps"]
+                    hold.has_news.set()
+                elif isinstance(event, Stepped):
+                    hold.step, hold.num_steps = event.step, event.num_steps
+                elif isinstance(event, EditOutcome):
+                    outcome = event
+        assert outcome is not None  # the last event of every backend
+        return outcome
 
     async def _store(self, hold: _Hold, accepted: AcceptedEdit, outcome: EditOutcome) -> _Done:
         stored = await self._kept.store(accepted.call, outcome, is_durable=True)
@@ -385,8 +404,12 @@ class JobRunner:
         if done is not None and not is_ours:
             self._jobs.delete_images(done.files)
         if job is not None and job.record.has_ended:
+            if written is not None or is_ours:
+                self._meter(JOBS, status=job.record.status)
             if is_ours:
-                seconds = (job.record.ended_s or 0.0) - (job.record.started_s or 0.0)
+                ended_s = job.record.ended_s or 0.0
+                self._meter(JOB_SECONDS, ended_s - job.record.order.created_s)
+                seconds = ended_s - (job.record.started_s or 0.0)
                 average_s = seconds if self._service_s is None else self._service_s
                 self._service_s = average_s + SERVICE_WEIGHT * (seconds - average_s)
             self._jobs.settle(job)

@@ -31,6 +31,20 @@ def test_who_comes_late_is_in_the_next_step_and_delays_the_others_by_no_more_tha
     assert all(29 <= count <= 31 for count in steps.values())
 
 
+def test_those_that_have_not_begun_go_in_the_order_in_which_they_came() -> None:
+    turns = make(a="x", b="y")
+    for _ in range(10):
+        turns.next()
+    turns.join("c", key="z", rows=1, cost=9.0)
+    turns.next()
+    turns.join("first", key="z", rows=1, cost=9.0)  # level with its mates, who are far ahead
+    turns.join("second", key="x", rows=1, cost=1.0)
+    assert turns.next() == ["first", "c"]
+    turns.join("third", key="y", rows=1, cost=1.0)
+    assert turns.next() == ["second", "a"]
+    assert turns.next() == ["third", "b"]
+
+
 def test_a_key_with_more_than_fits_a_batch_rotates() -> None:
     turns = make(2, a="x", b="x", c="x")
     assert Counter(name for _ in range(30) for name in turns.next()) == {"a": 20, "b": 20, "c": 20}

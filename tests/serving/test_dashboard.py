@@ -20,7 +20,8 @@ from serving.metrics import METRICS
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARD = json.loads((ROOT / "deploy/grafana/mgie.json").read_text())
 PROMETHEUS = shutil.which("prometheus") or os.environ.get("PROMETHEUS", "")
-SILENT = {"Cancels and retries"}  # panels without figures while nothing is called off and no replica dies
+# Panels without figures while nothing is called off, no replica dies, and no webhook is asked for.
+SILENT = {"Cancels and retries", "Jobs begun again and webhooks"}
 # Of Ray Serve; the test on a running service finds out whether they are still called so.
 SERVE_SERIES = {
     "ray_serve_autoscaling_target_replicas",
@@ -108,6 +109,8 @@ def test_a_real_prometheus_finds_an_answer_to_every_query(tmp_path: Path) -> Non
                 words = f"make it night {time.monotonic()}"
                 for seed in range(2):  # the second finds its guidance in the cache
                     send_edit(address, draw_landscape(96, 64), words, seed=seed)
+                job = {"files": {"image": draw_landscape(96, 64)}, "data": {"prompt": words}}
+                httpx2.post(f"{address}/v1/images/edits", headers={"prefer": "respond-async"}, timeout=60, **job)
                 # One that is refused, for the panel of refusals.
                 httpx2.post(f"{address}/v1/images/edits", data={"prompt": "p"}, timeout=60)
                 time.sleep(3)

@@ -332,6 +332,20 @@ def test_a_full_engine_is_a_429_that_says_when_to_come_back(mllm: MLLMStage, ran
     full.close()
 
 
+def test_without_room_the_body_is_not_read(mllm: MLLMStage, diffusion: DiffusionStage) -> None:
+    class Full(InProcessBackend):
+        def check_room(self) -> None:
+            raise EngineFullError("full", retry_after_s=3)
+
+    def body() -> Iterator[bytes]:
+        raise AssertionError("the body was read")
+        yield b""
+
+    client = TestClient(build_api(Full(mllm, diffusion), timeout_s=60))
+    answer = client.post(URL, content=body(), headers={"content-type": "multipart/form-data; boundary=x"})
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "3")
+
+
 @pytest.mark.parametrize("stream", ["false", "true"])
 def test_an_edit_whose_client_goes_away_leaves_the_engine(
     mllm: MLLMStage, random_bundle: Path, photo: Photo, stream: str

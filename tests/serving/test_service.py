@@ -21,7 +21,6 @@ from typing import Any
 import httpx2
 import numpy as np
 import openai
-import psutil
 import pytest
 from ray import serve
 
@@ -29,6 +28,7 @@ from mgie.images import read_image
 from serving.app import app
 from serving.args import ServingArgs
 from serving.demo import free_port, local_service
+from tests.serving.chaos import processes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -270,7 +270,7 @@ def test_delete_ends_an_edit_whichever_replica_is_asked(address: str, photo: Pho
 
 
 def test_a_board_of_cancels_that_dies_harms_no_edit_and_is_replaced(address: str, photo: Photo) -> None:
-    boards = [p for p in psutil.Process().children(recursive=True) if "CancelBoard" in p.name() + str(p.cmdline())]
+    boards = processes("board")
     assert len(boards) == 1
     with ThreadPoolExecutor(1) as pool:
         edited = pool.submit(edit, address, photo(), "p", steps=60)

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from serving.ingress import build_api
 from serving.jobs.runner import JobSettings
 from serving.jobs.store import JobStore
 from serving.kept import KeptResults
+from serving.metrics import Meter, Metric, unmetered
 from serving.mllm_stage import MLLMStage
 from serving.schema import EditCall
+from serving.spans import NO_SPANS, Spans
 from serving.stage_calls import BundleInfo
 
 TTL_S = 4000.0
@@ -61,6 +64,9 @@ class Failing:
     async def edit(self, call: EditCall, *, on_derived: OnDerived = lambda: None) -> EditOutcome:
         return await self._backend.edit(call, on_derived=on_derived)
 
+    def check_room(self) -> None:
+        self._backend.check_room()
+
     async def models(self) -> tuple[BundleInfo, ...]:
         return await self._backend.models()
 
@@ -69,6 +75,19 @@ class Failing:
 
     async def stats(self) -> ServiceStats:
         return await self._backend.stats()
+
+
+class Figures:
+    """A `Meter` that remembers: how often by name and tags, and the values by name."""
+
+    def __init__(self) -> None:
+        self.counted: Counter[tuple[str, ...]] = Counter()
+        self.values: dict[str, list[float]] = {}
+
+    def __call__(self, metric: Metric, value: float = 1.0, **tags: str) -> None:
+        assert set(tags) == set(metric.tags)
+        self.counted[metric.name, *tags.values()] += 1
+        self.values.setdefault(metric.name, []).append(value)
 
 
 class Replica:
@@ -160,6 +179,8 @@ class Replicas:
         backend: EditBackend | None = None,
         board: Board | None = None,
         is_at_work: bool = True,
+        meter: Meter = unmetered,
+        spans: Spans = NO_SPANS,
         **settings: Any,
     ) -> Replica:
         """Another replica.
@@ -175,6 +196,8 @@ class Replicas:
             jobs=jobs,
             job_settings=JobSettings(**{"poll_s": 0.03, "lease_s": 1.0} | settings),
             board=board,
+            meter=meter,
+            spans=spans,
         )
         replica = Replica(api, is_at_work=is_at_work)
         self._opened.append(replica)

@@ -17,8 +17,9 @@ from mgie.errors import ConfigError
 from serving.jobs import webhooks
 from serving.jobs.record import Webhook
 from serving.jobs.webhooks import LONGEST_PAUSE_S, check_url, signed_headers, webhook_settings
+from serving.metrics import WEBHOOKS
 from serving.schema import RequestError
-from tests.serving.jobs.conftest import Replica, Replicas
+from tests.serving.jobs.conftest import Figures, Replica, Replicas
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 GIVE_UP_S = 3000.0
@@ -326,3 +327,13 @@ def test_several_replicas_call_a_webhook_once(replicas: Replicas, receiver: Rece
     for job_id in ids:
         webhook_of(opened[0], job_id, "delivered")
     assert sorted(json.loads(body)["id"] for _, body in receiver.got) == sorted(ids)
+
+
+def test_calls_of_webhooks_are_counted_by_what_became_of_them(
+    replicas: Replicas, small: bytes, receiver: Receiver
+) -> None:
+    figures = Figures()
+    here = replicas.open(meter=figures, webhooks=allowing(receiver.host))
+    webhook_of(here, here.accept(small, webhook_url=receiver.url), "delivered")
+    here.close()
+    assert figures.counted[WEBHOOKS.name, "delivered"] == 1
