@@ -25,7 +25,7 @@ class BenchmarkConfig:
 
     bundle: str = "tiny"
     "as `mgie.bundles.open_bundle` takes it"
-    seconds: float = 30.0
+    seconds: float = 90.0
     "of each of the two"
     factor: float = 5.0
     "arrivals, in peaks"
