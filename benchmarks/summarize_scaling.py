@@ -80,13 +80,12 @@ def run(folder: Path, num_rows: int, num_actors: int, *, service_s: float, side_
     write_manifest(manifest, num_rows, side_px=side_px, has_bad=False)
     size = StageSize(min_actors=num_actors, max_actors=num_actors, num_cpus=0.5, batch_size=BATCH_ROWS)
     config = SummarizeConfig(manifest=manifest.url, out=out.url, describe=size, summarize=size, max_rows_in_flight=1024)
-    num_pending = plan(config, manifest, out)
     written = []
     for block in stream(
         config,
         out,
         manifest,
-        num_pending,
+        plan(config, manifest, out),
         describer=partial(SleepingDescriber, service_s),
         summarizer=partial(SleepingSummarizer, service_s),
     ):

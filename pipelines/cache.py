@@ -14,12 +14,10 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import ray.exceptions
 import tyro
@@ -39,10 +37,11 @@ from mgie.latent_cache import (
     list_shards,
     write_shard,
 )
-from mgie.ledger import images_root, read_edits, split_rows
+from mgie.ledger import images_root, read_edits
 from pipelines.caching import CACHED_SCHEMA, EncodeLatents, FetchSquares, cache_spec
 from pipelines.cluster import StageSize, cause_of, check_cluster, check_shared, start_ray
 from pipelines.lease import hold_lease
+from pipelines.pending import PendingRows, run_blocks, write_pending
 from pipelines.storage import Folder, RunRecord, claim, fingerprint, open_folder
 
 What = Literal["vae", "clip", "both"]
@@ -53,8 +52,6 @@ _KINDS: dict[What, tuple[CacheKind, ...]] = {
     "both": ("vae_moments", "clip_features"),
 }
 _LARGE_BYTES = 20 << 30
-_WORK = "_work"
-_BLOCKS_PER_FILE = 64  # of rows to do: the task of each block reads such a file
 _FETCH_CPUS = 0.5  # decodes, and waits for storage; an encoder of the same size would do it itself (Ray fuses the two)
 
 
@@ -132,23 +129,23 @@ def cache(config: CacheConfig, *, console: Console | None = None) -> Outcome:
     check_shared({"the output folder": out, "the folder of the images": images})
     with hold_lease(out) as lease:
         done = functools.reduce(np.intersect1d, [cached_ids(_shards(out, spec).values()) for spec in specs])
-        num_pending = _plan(config, ledger, out, done)
-        console.print(f"{num_pending} rows to encode; caches: {out.url}", soft_wrap=True)
-        if num_pending:
+        pending = _plan(config, ledger, out, done)
+        console.print(f"{pending.num_rows} rows to encode; caches: {out.url}", soft_wrap=True)
+        if pending.num_rows:
             bar = Progress(
                 TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
             )
             with bar:
-                task = bar.add_task("rows", total=num_pending)
-                for num_rows in _stream(config, specs, out, images, num_pending):
+                task = bar.add_task("rows", total=pending.num_rows)
+                for num_rows in _stream(config, specs, out, images, pending):
                     bar.update(task, advance=num_rows)
                     lease.check()
         stamps = [finish_cache(out.filesystem, out.path, spec, _shards(out, spec)) for spec in specs]
-        out.delete(_WORK)
+        pending.delete()
         num_bytes = sum(stamp.num_rows * stamp.spec.row_bytes for stamp in stamps)
         report = {"rows": stamps[0].num_rows, "bytes": num_bytes}
         dataclasses.replace(run, is_finished=True, report=report).write(out)
-    return Outcome(num_pending, stamps[0].num_rows, num_bytes, out.url)
+    return Outcome(pending.num_rows, stamps[0].num_rows, num_bytes, out.url)
 
 
 def _num_rows(ledger: Folder) -> int:
@@ -172,29 +169,11 @@ def _shards(out: Folder, spec: CacheSpec) -> dict[str, Shard]:
     return list_shards(out.filesystem, out.path, spec)
 
 
-def _plan(config: CacheConfig, ledger: Folder, out: Folder, done: Ids) -> int:
-    """Writes the rows still to do, one row group per block; returns their number."""
+def _plan(config: CacheConfig, ledger: Folder, out: Folder, done: Ids) -> PendingRows:
+    """Writes the rows still to do."""
     batches = read_edits(ledger.filesystem, ledger.path, columns=CACHED_SCHEMA.names)
     new = (batch.filter(pa.array(~np.isin(batch.column("id").to_numpy(), done))) for batch in batches)
-    out.delete(_WORK)  # of a run that was killed
-    num_rows = 0
-    for number, table in enumerate(split_rows(new, CACHED_SCHEMA, config.rows_per_shard * _BLOCKS_PER_FILE)):
-        if table.num_rows:
-            with out.publish(_pending(number)) as path:
-                pq.write_table(table, path, row_group_size=config.rows_per_shard)
-            num_rows += table.num_rows
-    return num_rows
-
-
-def _pending(file_number: int) -> str:
-    return f"{_WORK}/pending-{file_number:05d}.parquet"
-
-
-def _fetch(block: pa.Table, *, out: Folder, images: Folder, specs: list[CacheSpec]) -> pa.Table:
-    """The rows of a block, as squares of pixels."""
-    [number] = block.column("block").to_pylist()
-    planned = pa.BufferReader(out.read(_pending(number // _BLOCKS_PER_FILE)))
-    return FetchSquares(images, specs)(pq.ParquetFile(planned).read_row_group(number % _BLOCKS_PER_FILE))
+    return write_pending(out, new, CACHED_SCHEMA, rows_per_block=config.rows_per_shard)
 
 
 class _EncodeAndCommit:
@@ -224,23 +203,17 @@ class _EncodeAndCommit:
 
 
 def _stream(
-    config: CacheConfig, specs: list[CacheSpec], out: Folder, images: Folder, num_pending: int
+    config: CacheConfig, specs: list[CacheSpec], out: Folder, images: Folder, pending: PendingRows
 ) -> Iterator[int]:
     """Runs the blocks; yields the number of rows of each when it is written. Raises DataError for a row at fault."""
-    numbers = range(-(-num_pending // config.rows_per_shard))
-    fetch: Any = partial(_fetch, out=out, images=images, specs=specs)  # Ray's types know no pyarrow tables
-    written = (
-        # Not range(): its read tasks ask for a whole CPU each, which a small cluster may never have free.
-        ray.data.from_items([{"block": number} for number in numbers], override_num_blocks=len(numbers))
-        .map_batches(fetch, batch_size=1, batch_format="pyarrow", num_cpus=_FETCH_CPUS)
-        .map_batches(_EncodeAndCommit, fn_constructor_args=(config, specs, out), **config.encode.pool())
+    squares = FetchSquares(images, specs)
+    written = pending.fetch(squares, num_cpus=_FETCH_CPUS).map_batches(
+        _EncodeAndCommit, fn_constructor_args=(config, specs, out), **config.encode.pool()
     )
-    batches: Iterator[Any] = iter(written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
-    for batch in batches:
-        for figures in map(json.loads, batch.column("figures").to_pylist()):
-            if "error" in figures:
-                raise DataError(figures["error"])
-            yield figures["rows"]
+    for figures in map(json.loads, run_blocks(written, "figures")):
+        if "error" in figures:
+            raise DataError(figures["error"])
+        yield figures["rows"]
 
 
 def main() -> int:

@@ -18,7 +18,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Annotated, Any
 
 import pyarrow as pa
@@ -42,17 +41,16 @@ from mgie.ledger import (
     read_manifest,
     rejection_code,
     row_id,
-    split_rows,
     to_table,
 )
 from pipelines.cluster import StageSize, check_cluster, check_shared, start_ray
 from pipelines.editing import TRAVELLING_EDITS_SCHEMA, EditImages, row_seed
 from pipelines.lease import hold_lease
+from pipelines.pending import PendingRows, run_blocks, write_pending
 from pipelines.stages import FetchSources
 from pipelines.storage import Folder, RunRecord, claim, fingerprint, open_folder
 
-_WORK, _IMAGES = "_work", "images"
-_PENDING = f"{_WORK}/pending.parquet"
+_IMAGES = "images"
 _FETCH_CPUS = 0.25  # waits for storage most of the time
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".heic", ".heif")
 
@@ -154,22 +152,22 @@ def edit(config: EditConfig, *, console: Console | None = None) -> Outcome:
     check_shared({"the output folder": out, "the folder of the images": images})
     by_status, by_reason = Counter[str](), Counter[str]()
     with hold_lease(out) as lease:
-        num_pending = _plan(config, out, rows)
-        console.print(f"{num_pending} edits to do; results: {out.url}", soft_wrap=True)
-        if num_pending:
+        pending = _plan(config, out, rows)
+        console.print(f"{pending.num_rows} edits to do; results: {out.url}", soft_wrap=True)
+        if pending.num_rows:
             bar = Progress(
                 TextColumn("edits"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
             )
             with bar:
-                task = bar.add_task("edits", total=num_pending)
-                for block in _stream(config, out, images, num_pending):
+                task = bar.add_task("edits", total=pending.num_rows)
+                for block in _stream(config, out, images, pending):
                     by_status.update(block["status"])
                     by_reason.update(block["reasons"])
                     bar.update(task, completed=by_status.total())
                     lease.check()
-        out.delete(_WORK)
+        pending.delete()
         dataclasses.replace(run, is_finished=True, report={"status": by_status, "reasons": by_reason}).write(out)
-    return Outcome(num_pending, by_status, by_reason, out.url)
+    return Outcome(pending.num_rows, by_status, by_reason, out.url)
 
 
 def _read_source(config: EditConfig) -> tuple[Folder, list[dict[str, Any]]]:
@@ -230,8 +228,8 @@ def _hash_ids(rows: list[dict[str, Any]]) -> str:
     return hashlib.sha256(json.dumps([row["id"] for row in rows]).encode()).hexdigest()[:16]
 
 
-def _plan(config: EditConfig, out: Folder, rows: list[dict[str, Any]]) -> int:
-    """Writes the edits still to do, one row group per block; returns their number."""
+def _plan(config: EditConfig, out: Folder, rows: list[dict[str, Any]]) -> PendingRows:
+    """Writes the edits still to do."""
     last: dict[int, tuple[int, str]] = {}
     for path in list_parquet(out.filesystem, out.path):
         table = pq.read_table(path, columns=["id", "attempt", "status"], filesystem=out.filesystem)
@@ -241,10 +239,9 @@ def _plan(config: EditConfig, out: Folder, rows: list[dict[str, Any]]) -> int:
     if config.retry_failed:
         failed = {number: attempt for number, (attempt, status) in last.items() if status == "rejected"}
         pending += [row | {"attempt": failed[row["id"]] + 1} for row in rows if row["id"] in failed]
-    with out.publish(_PENDING) as pending_file, pq.ParquetWriter(pending_file, EDITS_SCHEMA) as writer:
-        for table in split_rows(to_table(pending, EDITS_SCHEMA).to_batches(), EDITS_SCHEMA, config.rows_per_commit):
-            writer.write_table(table, row_group_size=config.rows_per_commit)
-    return len(pending)
+    return write_pending(
+        out, to_table(pending, EDITS_SCHEMA).to_batches(), EDITS_SCHEMA, rows_per_block=config.rows_per_commit
+    )
 
 
 class _Edit:
@@ -279,26 +276,13 @@ class _Edit:
         return pa.table({"block": [json.dumps(figures)]})
 
 
-def _fetch(blocks: pa.Table, *, out: Folder, images: Folder) -> pa.Table:
-    [number] = blocks.column("block").to_pylist()
-    with out.filesystem.open_input_file(out.at(_PENDING)) as file:
-        rows = pq.ParquetFile(file).read_row_group(number)
-    return FetchSources(images, column="image", schema=TRAVELLING_EDITS_SCHEMA)(rows)
-
-
-def _stream(config: EditConfig, out: Folder, images: Folder, num_pending: int) -> Iterator[dict[str, Any]]:
+def _stream(config: EditConfig, out: Folder, images: Folder, pending: PendingRows) -> Iterator[dict[str, Any]]:
     """Runs the blocks; yields the figures of each when it is written."""
-    numbers = range(-(-num_pending // config.rows_per_commit))
-    fetch: Any = partial(_fetch, out=out, images=images)  # Ray's types know no pyarrow tables
-    written = (
-        # Not range(): its read tasks ask for a whole CPU each, which a small cluster may never have free.
-        ray.data.from_items([{"block": number} for number in numbers], override_num_blocks=len(numbers))
-        .map_batches(fetch, batch_size=1, batch_format="pyarrow", num_cpus=_FETCH_CPUS)
-        .map_batches(_Edit, fn_constructor_args=(config, out), **config.edit.pool())
+    sources = FetchSources(images, column="image", schema=TRAVELLING_EDITS_SCHEMA)
+    written = pending.fetch(sources, num_cpus=_FETCH_CPUS).map_batches(
+        _Edit, fn_constructor_args=(config, out), **config.edit.pool()
     )
-    batches: Iterator[Any] = iter(written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
-    for batch in batches:
-        yield from map(json.loads, batch.column("block").to_pylist())
+    yield from map(json.loads, run_blocks(written, "block"))
 
 
 def main() -> int:

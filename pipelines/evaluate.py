@@ -16,7 +16,6 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -31,19 +30,19 @@ from mgie.bundles import open_bundle
 from mgie.checkpoint import Bundle
 from mgie.config import MAX_SEED, Sampler
 from mgie.errors import ConfigError, MGIEError
-from mgie.ledger import images_root, list_parquet, split_rows, to_table
+from mgie.ledger import images_root, list_parquet, to_table
 from mgie.metrics import METRICS
 from mgie.perceptual import Network, NetworkName, find_network
 from pipelines.cluster import StageSize, cause_of, check_cluster, check_shared, start_ray
 from pipelines.evaluation_rows import Protocol, add_results, read_rows
 from pipelines.lease import hold_lease
+from pipelines.pending import PendingRows, run_blocks, write_pending
 from pipelines.scores_report import REPORT_HTML, ReportPlan, write_report
 from pipelines.scoring import EDITED, PLANNED_SCHEMA, SCORES_SCHEMA, FetchPictures, ScoreEdits, ScoringPlan
 from pipelines.storage import Folder, RunRecord, claim, fingerprint, open_folder, read_run
 
 RESULT_VERSION = 1  # another number when the same rows get other scores: old runs are not continued then
-_WORK, _IMAGES = "_work", "images"
-_PENDING = f"{_WORK}/pending.parquet"
+_IMAGES = "images"
 _FETCH_CPUS = 0.25  # waits for storage most of the time
 
 
@@ -219,9 +218,9 @@ def evaluate(config: EvaluateConfig, *, console: Console | None = None) -> Outco
     run = RunRecord(job="evaluate", fingerprint=fingerprint(about), config=dataclasses.asdict(config) | about)
     claim(out, run)
     with hold_lease(out) as lease:
-        num_pending = _plan(config, out, rows)
-        console.print(f"{num_pending} rows to score; results: {out.url}", soft_wrap=True)
-        if num_pending:
+        pending = _plan(config, out, rows)
+        console.print(f"{pending.num_rows} rows to score; results: {out.url}", soft_wrap=True)
+        if pending.num_rows:
             console.print("joining or starting Ray, which may take half a minute ...")
             start_ray()
             check_cluster({"score": config.score}, task_cpus=_FETCH_CPUS, grows=config.cluster_grows)
@@ -229,13 +228,13 @@ def evaluate(config: EvaluateConfig, *, console: Console | None = None) -> Outco
             # One of the hub is fetched by every node for itself.
             local = [one for one in networks.values() if one.where == str(one.folder)]
             check_shared(shared | {f"network {one.identity}": open_folder(one.folder) for one in local})
-            blocks = _stream(config, plan, out, FetchPictures(images, results), num_pending)
-            for _ in _with_bar(blocks, num_pending, console):
+            blocks = _stream(config, plan, out, FetchPictures(images, results), pending)
+            for _ in _with_bar(blocks, pending.num_rows, console):
                 lease.check()
-        out.delete(_WORK)
+        pending.delete()
         report = write_report(out, images, results, _latest(out), _report_plan(config, plan, about))
         dataclasses.replace(run, is_finished=True, report=report["rows"]).write(out)
-    return Outcome(num_pending, report["rows"]["left_out"], report, out.url)
+    return Outcome(pending.num_rows, report["rows"]["left_out"], report, out.url)
 
 
 def _who_edited(results: Folder) -> str:
@@ -297,18 +296,17 @@ def _latest(out: Folder) -> list[dict[str, Any]]:
     return [row for row in rows if row["attempt"] == last[row["id"]]]
 
 
-def _plan(config: EvaluateConfig, out: Folder, rows: Sequence[dict[str, Any]]) -> int:
-    """Writes the rows still to score, one row group per block; returns their number."""
+def _plan(config: EvaluateConfig, out: Folder, rows: Sequence[dict[str, Any]]) -> PendingRows:
+    """Writes the rows still to score."""
     found = _latest(out)
     done = {row["id"]: row["attempt"] for row in found}
     pending = [row for row in rows if row["id"] not in done]
     if config.retry_failed:
         failed = {row["id"] for row in found if row["status"] == "rejected"}
         pending += [row | {"attempt": done[row["id"]] + 1} for row in rows if row["id"] in failed]
-    with out.publish(_PENDING) as path, pq.ParquetWriter(path, PLANNED_SCHEMA) as writer:
-        for table in split_rows(to_table(pending, PLANNED_SCHEMA).to_batches(), PLANNED_SCHEMA, config.rows_per_commit):
-            writer.write_table(table, row_group_size=config.rows_per_commit)
-    return len(pending)
+    return write_pending(
+        out, to_table(pending, PLANNED_SCHEMA).to_batches(), PLANNED_SCHEMA, rows_per_block=config.rows_per_commit
+    )
 
 
 class _Score:
@@ -332,28 +330,14 @@ class _Score:
         return pa.table({"rows": [table.num_rows]})
 
 
-def _fetch(blocks: pa.Table, *, out: Folder, pictures: FetchPictures) -> pa.Table:
-    [number] = blocks.column("block").to_pylist()
-    with out.filesystem.open_input_file(out.at(_PENDING)) as file:
-        rows = pq.ParquetFile(file).read_row_group(number)
-    return pictures(rows)
-
-
 def _stream(
-    config: EvaluateConfig, plan: ScoringPlan, out: Folder, pictures: FetchPictures, num_pending: int
+    config: EvaluateConfig, plan: ScoringPlan, out: Folder, pictures: FetchPictures, pending: PendingRows
 ) -> Iterator[int]:
     """Runs the blocks; yields the number of rows of each when it is written."""
-    numbers = range(-(-num_pending // config.rows_per_commit))
-    fetch: Any = partial(_fetch, out=out, pictures=pictures)  # Ray's types know no pyarrow tables
-    written = (
-        # Not range(): its read tasks ask for a whole CPU each, which a small cluster may never have free.
-        ray.data.from_items([{"block": number} for number in numbers], override_num_blocks=len(numbers))
-        .map_batches(fetch, batch_size=1, batch_format="pyarrow", num_cpus=_FETCH_CPUS)
-        .map_batches(_Score, fn_constructor_args=(plan, out), **config.score.pool())
+    written = pending.fetch(pictures, num_cpus=_FETCH_CPUS).map_batches(
+        _Score, fn_constructor_args=(plan, out), **config.score.pool()
     )
-    batches: Iterator[Any] = iter(written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
-    for batch in batches:
-        yield from batch.column("rows").to_pylist()
+    yield from run_blocks(written, "rows")
 
 
 def main() -> int:

@@ -49,12 +49,12 @@ from mgie.ledger import (
     read_ledger,
     read_manifest,
     rejection_code,
-    split_rows,
     write_images_root,
 )
 from pipelines.cluster import StageSize, cause_of, check_cluster, check_shared, start_ray
 from pipelines.describe import BackendName, BundleDescriber, Describer, OpenAIDescriber, TransformersDescriber
 from pipelines.lease import hold_lease
+from pipelines.pending import PendingRows, run_blocks, write_pending
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.report import REPORT_HTML, RunTotals, ledger_counts, summarize_run, write_report
 from pipelines.stages import PRESETS, DescribeEdit, FetchSources, Preset, Summarize, Summarizer
@@ -62,8 +62,6 @@ from pipelines.storage import Folder, RunRecord, claim, fingerprint, open_folder
 
 PresetName = Literal["mgie_paper", "fast"]
 
-_WORK = "_work"
-_BLOCKS_PER_FILE = 16  # of rows to do: the task of each block reads such a file
 _FETCH_CPUS = 0.25  # waits for storage most of the time
 _STALL_S = 1800.0
 
@@ -159,20 +157,20 @@ def summarize(config: SummarizeConfig, *, console: Console | None = None) -> Out
     claim(out, run)
     check_shared({"the output folder": out, "the folder of the images": images})
     with hold_lease(out) as lease:
-        num_pending = plan(config, manifest, out)
+        pending = plan(config, manifest, out)
         console.print(
-            f"{num_pending} rows to do; a kill loses at most {min(num_pending, config.max_rows_in_flight)} rows of work; ledger: {out.url}",
+            f"{pending.num_rows} rows to do; a kill loses at most {min(pending.num_rows, config.max_rows_in_flight)} rows of work; ledger: {out.url}",
             soft_wrap=True,
         )
         started = time.monotonic()
         totals = RunTotals()
-        if num_pending:
-            for block in _with_bar(stream(config, out, images, num_pending), num_pending, console):
+        if pending.num_rows:
+            for block in _with_bar(stream(config, out, images, pending), pending.num_rows, console):
                 totals.add(block)
                 lease.check()
         seconds = time.monotonic() - started
-        out.delete(_WORK)
-        if num_pending:
+        pending.delete()
+        if pending.num_rows:
             report = summarize_run(
                 totals,
                 seconds=seconds,
@@ -183,7 +181,7 @@ def summarize(config: SummarizeConfig, *, console: Console | None = None) -> Out
             write_report(out, images, report)
             dataclasses.replace(run, is_finished=True, report=report).write(out)
         write_images_root(out.filesystem, out.path, images.url)
-    return Outcome(num_pending, totals.rows, seconds, out.url, f"{out.url}/{REPORT_HTML}")
+    return Outcome(pending.num_rows, totals.rows, seconds, out.url, f"{out.url}/{REPORT_HTML}")
 
 
 def _open_manifest(config: SummarizeConfig, out: Folder) -> Folder:
@@ -222,24 +220,12 @@ def _hash_ids(manifest: Folder) -> str:
     return digest.hexdigest()[:16]
 
 
-def plan(config: SummarizeConfig, manifest: Folder, out: Folder) -> int:
-    """Writes the rows still to do, one row group per block; returns their number."""
+def plan(config: SummarizeConfig, manifest: Folder, out: Folder) -> PendingRows:
+    """Writes the rows still to do."""
     rows = _unseen(manifest, _ids(out))
     if config.retry_failed:
         rows = itertools.chain(rows, _failed(out))
-    out.delete(_WORK)  # of a run that was killed
-    num_rows = 0
-    tables = split_rows(rows, LEDGER_SCHEMA, config.rows_per_commit * _BLOCKS_PER_FILE)
-    for number, table in enumerate(tables):
-        if table.num_rows:
-            with out.publish(_pending(number)) as path:
-                pq.write_table(table, path, row_group_size=config.rows_per_commit)
-            num_rows += table.num_rows
-    return num_rows
-
-
-def _pending(file_number: int) -> str:
-    return f"{_WORK}/pending-{file_number:05d}.parquet"
+    return write_pending(out, rows, LEDGER_SCHEMA, rows_per_block=config.rows_per_commit)
 
 
 def _ids(out: Folder) -> npt.NDArray[np.int64]:
@@ -379,7 +365,7 @@ def stream(
     config: SummarizeConfig,
     out: Folder,
     images: Folder,
-    num_pending: int,
+    pending: PendingRows,
     *,
     describer: Callable[[SummarizeConfig], Describer] = make_describer,
     summarizer: Callable[[SummarizeConfig], Summarizer] = make_summarizer,
@@ -387,35 +373,26 @@ def stream(
     """Streams the planned blocks through the stages; gives the figures of each block when it is written.
 
     Args:
-        num_pending: Rows that were planned.
+        pending: Those that were planned.
         describer: Makes the model of a describing actor. summarizer: Makes that of a summarising one.
     """
-    numbers = range(-(-num_pending // config.rows_per_commit))
     budget: Any = ray.remote(num_cpus=0)(RowBudget).remote(config.max_rows_in_flight)
     describe = {"preset": config.preset, "batch_size": config.describe.batch_size, "budget": budget}
     # Each task is a process; more of them would decode far ahead of the models.
     fetchers = ray.data.TaskPoolStrategy(size=config.describe.max_actors + 2)
-    fetch = partial(_fetch, out=out, images=images)
-    written = (
-        # Not range(): its read tasks ask for a whole CPU each, which a small cluster may never have free.
-        ray.data.from_items([{"block": number} for number in numbers], override_num_blocks=len(numbers))
-        .map_batches(fetch, batch_size=1, batch_format="pyarrow", num_cpus=_FETCH_CPUS, compute=fetchers)
-        .map_batches(
-            _Describe,
-            fn_constructor_args=(partial(describer, config),),
-            fn_constructor_kwargs=describe,
-            **config.describe.pool(),
-        )
-        .map_batches(
-            _SummarizeAndCommit,
-            fn_constructor_args=(partial(summarizer, config),),
-            fn_constructor_kwargs={"batch_size": config.summarize.batch_size, "out": out, "budget": budget},
-            **config.summarize.pool(),
-        )
+    sources = pending.fetch(FetchSources(images), num_cpus=_FETCH_CPUS, compute=fetchers)
+    written = sources.map_batches(
+        _Describe,
+        fn_constructor_args=(partial(describer, config),),
+        fn_constructor_kwargs=describe,
+        **config.describe.pool(),
+    ).map_batches(
+        _SummarizeAndCommit,
+        fn_constructor_args=(partial(summarizer, config),),
+        fn_constructor_kwargs={"batch_size": config.summarize.batch_size, "out": out, "budget": budget},
+        **config.summarize.pool(),
     )
-    batches: Iterator[Any] = iter(written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
-    for batch in batches:
-        yield from map(json.loads, batch.column("figures").to_pylist())
+    yield from map(json.loads, run_blocks(written, "figures"))
 
 
 def _with_bar(blocks: Iterator[dict[str, Any]], num_rows: int, console: Console) -> Iterator[dict[str, Any]]:
@@ -427,13 +404,6 @@ def _with_bar(blocks: Iterator[dict[str, Any]], num_rows: int, console: Console)
             for block in itertools.chain([first], blocks):
                 bar.update(task, advance=block["rows"])
                 yield block
-
-
-def _fetch(block: pa.Table, *, out: Folder, images: Folder) -> pa.Table:
-    """The rows of a block, with their images."""
-    [number] = block.column("block").to_pylist()
-    planned = pa.BufferReader(out.read(_pending(number // _BLOCKS_PER_FILE)))
-    return FetchSources(images)(pq.ParquetFile(planned).read_row_group(number % _BLOCKS_PER_FILE))
 
 
 def _commit(rows: pa.Table, *, out: Folder, budget: Any) -> pa.Table:
