@@ -37,8 +37,8 @@ def processes(kind: str) -> list[psutil.Process]:
     return found
 
 
-async def kill(kind: str) -> psutil.Process:
-    """Kills one at random by SIGKILL, and returns it when it is gone.
+async def kill(kind: str) -> None:
+    """Kills one at random by SIGKILL; returns when it is gone.
 
     Raises:
         LookupError: There is none.
@@ -54,4 +54,3 @@ async def kill(kind: str) -> psutil.Process:
         if time.monotonic() > deadline:
             raise TimeoutError(f"{kind} {victim.pid} survived SIGKILL for {GONE_S:g} s")
         await asyncio.sleep(POLL_S)
-    return victim
