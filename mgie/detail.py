@@ -7,8 +7,10 @@ what the VAE alone makes of the source ("guide"), in which the VAE's own losses 
 1. **Fit.** The change is explained as an affine function of the guide's colour, first one for the whole picture, then,
    for what that leaves, one per window (the guided filter of He et al. with colour in and colour out). The whole
    picture's fit keeps, say, a black-and-white from a tint where a window holds too few colours to tell.
-2. **Gate.** Where hardly anything changed, nothing changes; unless most of the picture did, for then what changed
-   little is part of it (the pale colours of a photo made black-and-white).
+2. **Gate.** Where hardly anything changed, nothing changes; unless the whole picture did, for then what changed
+   little is part of it (the pale colours of a photo made black-and-white). It did if most of it changed, or if the
+   whole picture's fit explains most of the change. Of a local edit, how much is hardly anything tells the tenth of
+   the picture that changed least: it shows nothing but the model's own noise.
 3. **Explained or shown.** Something added, removed or replaced is no function of the colours before. Where the fit
    leaves a part of the change unexplained, the edited picture itself is shown, lest what was there shines through.
    When most of the picture changed, as much as the VAE loses of the source may stay unexplained: sharpness first.
@@ -38,8 +40,12 @@ _RIDGE = 0.0005  # pulls a fit to "no change": the variance of colours at which 
 _RESIDUAL_RADIUS_PX = 2  # over which the unexplained is averaged
 _UNEXPLAINED = (0.02, 0.05)  # root mean square: up to the first the fit is used, from the second the edited picture
 _GATE_RADIUS_PX = 1  # over which the change is averaged for the gate
-_GATE = (0.03, 0.08)  # up to the first nothing changes, from the second the whole change counts
-_MOST = (0.4, 0.7)  # mean of the gate: up to the first an edit is local, from the second most of the picture changed
+_GATE = (0.03, 0.08)  # up to the first nothing changes, from the second the whole change counts; at the least
+_NOISE_TIMES = (22, 55)  # the same two, of a local edit, as multiples of the noise
+_NOISE_QUANTILE = 0.1  # the share of the picture that a local edit leaves alone
+# Up to the first an edit is local, from the second the whole picture changed:
+_CHANGED = (0.5, 0.8)  # share of the picture that changed at all
+_EXPLAINED = (0.5, 0.7)  # share of the change that the whole picture's fit explains
 _STRIP_PX = 2**17  # pixels worked on at a time: bounds memory at any size of source
 
 
@@ -70,11 +76,18 @@ def _change_field(seen: Tensor, guide: Tensor, edited: Tensor) -> Tensor:
     """What to add to a colour, as an affine map of it, from three pictures [3, h, w]: [12, h, w]."""
     change = edited - guide
     whole = _fit(change, guide, _mean_of_all)
-    local = _fit(change - _mapped(whole, guide), guide, _mean_of_window)
+    rest = change - _mapped(whole, guide)
+    local = _fit(rest, guide, _mean_of_window)
     maps = whole[0] + local[0], whole[1] + local[1]
 
-    gate = _smooth_step(_box_mean(change, _GATE_RADIUS_PX).abs().amax(0, keepdim=True), *_GATE)  # [1, h, w]
-    most = _smooth_step(gate.mean(), *_MOST)
+    size = _box_mean(change, _GATE_RADIUS_PX).abs().amax(0, keepdim=True)  # [1, h, w]
+    explained = 1 - rest.square().mean() / change.square().mean().clamp(min=torch.finfo(change.dtype).tiny)
+    most = torch.maximum(
+        _smooth_step(_smooth_step(size, *_GATE).mean(), *_CHANGED), _smooth_step(explained, *_EXPLAINED)
+    )
+    noise = size.quantile(_NOISE_QUANTILE).item()
+    low, high = (max(least, times * noise) for least, times in zip(_GATE, _NOISE_TIMES, strict=True))
+    gate = _smooth_step(size, low, high)
     gate = gate + (1 - gate) * most
     unexplained = _mean_square(change - _mapped(maps, guide)) - most * _mean_square(seen - guide)
     shown = _smooth_step(unexplained.clamp(min=0).sqrt(), *_UNEXPLAINED)  # [1, h, w]

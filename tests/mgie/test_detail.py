@@ -100,6 +100,15 @@ def test_pale_colours_go_too_when_the_whole_picture_loses_its_colours() -> None:
     assert np.ptp(np.asarray(result)[20:76, 20:76].astype(int), axis=-1).max() <= 2
 
 
+def test_a_tint_goes_when_only_a_small_part_had_much_colour_to_lose() -> None:
+    pixels = np.full((384, 384, 3), (128, 124, 121), np.uint8)  # as faint as the gate keeps
+    pixels[:120, :120] = np.asarray(picture((120, 120)))
+    exact = apply_filter(pixels, Filter("black_and_white"))
+    source = Image.fromarray(pixels)
+    result = transfer_detail(source, guide=small(source), edited=small(Image.fromarray(exact)))
+    assert np.ptp(np.asarray(result)[160:, 160:].astype(int), axis=-1).max() <= 2
+
+
 def test_what_is_put_in_shows_and_the_rest_stays_bit_by_bit() -> None:
     source = picture((512, 512))
     guide = small(source)
@@ -111,6 +120,23 @@ def test_what_is_put_in_shows_and_the_rest_stays_bit_by_bit() -> None:
     outside[148:332, 108:372] = False
     assert np.abs(result[inside] - (230, 13, 51)).mean() < 6
     assert (result[outside] == np.asarray(source)[outside]).all()
+
+
+@pytest.mark.parametrize(("noise", "strength", "is_shown"), [(0.0, 0.2, True), (0.05, 0.2, False), (0.05, 1.0, True)])
+def test_a_local_edit_must_stand_out_from_what_the_model_changes_everywhere(
+    noise: float, strength: float, *, is_shown: bool
+) -> None:
+    source = Image.new("RGB", (512, 512), (128, 128, 128))
+    guide = small(source)
+    pattern = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0)) * noise
+    edited = guide + F.interpolate(pattern[None], WORK[::-1], mode="bilinear")[0]
+    edited[:, 40:80, 30:90] += strength
+    off = np.abs(values(transfer_detail(source, guide=guide, edited=edited)) - values(source)).mean(-1)
+    shown = off[172:308, 132:348].mean() / (strength / 2)
+    assert shown > 0.7 if is_shown else shown < 0.1
+    outside = np.ones((512, 512), bool)
+    outside[140:340, 100:380] = False
+    assert off[outside].mean() < 0.0005 + 0.05 * noise
 
 
 def test_local_edits_of_drawn_scenes_show_and_leave_the_rest_alone() -> None:
