@@ -59,6 +59,8 @@ class Deliverer:
         claimed = job and self._jobs.update(job, change)
         if claimed is not None and self._settings is not None:
             return claimed
+        if claimed is not None:
+            self._meter(WEBHOOKS, status="given_up")
         job = self._jobs.find(place.job_id)
         if job is not None and job.record.webhook is not None and job.record.webhook.status == "pending":
             return job.record.webhook.next_s

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mgie.errors import MGIEError
+from mgie.errors import ConfigError, MGIEError
 from pipelines import tiny
 from pipelines.recipe import Stage, folders, make
 
@@ -84,3 +84,16 @@ def test_the_embedded_models_recipe_is_whole(tmp_path: Path) -> None:
         assert named == set(stage.needs), name
         assert all((Path(tiny.__file__).parents[1] / path).exists() for path in stage.code)
     assert len(set(places.values())) == len(places)
+
+
+def test_with_a_gpu_every_training_of_a_unet_gets_one_and_nothing_else_changes() -> None:
+    stages = tiny.on_gpu(tiny.STAGES)
+    with_gpu = {name for name, stage in stages.items() if stage.arguments[-2:] == ("--workers.num-gpus", "1")}
+    assert with_gpu == {"ip2p", "mgie"}
+    assert all(stages[name] == stage for name, stage in tiny.STAGES.items() if name not in with_gpu)
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, 101.0, float("nan")])
+def test_a_share_that_makes_no_sense_is_refused(share: float) -> None:
+    with pytest.raises(ConfigError, match="above 0 and at most 100"):
+        tiny.TinyConfig(share=share)

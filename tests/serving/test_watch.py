@@ -16,33 +16,13 @@ from serving.backend import InProcessBackend
 from serving.connection import MeterMiddleware
 from serving.diffusion_stage import DiffusionStage
 from serving.ingress import EDITS_PATH, build_api
-from serving.metrics import METRICS, Metric
 from serving.mllm_stage import MLLMStage
 from serving.spans import NO_SPANS, Spans, open_spans
 from serving.stage import Watch
 from serving.stage_calls import RenderOptions
+from tests.serving.figures import Figures
 
 Photo = Callable[..., bytes]
-
-
-class Figures:
-    """A `Meter` that keeps what it gets."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[str, float, dict[str, str]]] = []
-        self._lock = threading.Lock()
-
-    def __call__(self, metric: Metric, value: float = 1.0, **tags: str) -> None:
-        assert metric in METRICS
-        assert set(tags) == set(metric.tags)
-        with self._lock:
-            self.seen.append((metric.name.removeprefix("mgie_"), value, tags))
-
-    def of(self, name: str) -> list[float]:
-        return [value for one, value, _ in self.seen if one == name]
-
-    def tags(self, name: str) -> list[dict[str, str]]:
-        return [tags for one, _, tags in self.seen if one == name]
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import asyncio
 import threading
 import time
-from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from serving.ingress import build_api
 from serving.jobs.runner import JobSettings
 from serving.jobs.store import JobStore
 from serving.kept import KeptResults
-from serving.metrics import Meter, Metric, unmetered
+from serving.metrics import Meter, unmetered
 from serving.mllm_stage import MLLMStage
 from serving.schema import EditCall
 from serving.spans import NO_SPANS, Spans
@@ -75,19 +74,6 @@ class Failing:
 
     async def stats(self) -> ServiceStats:
         return await self._backend.stats()
-
-
-class Figures:
-    """A `Meter` that remembers: how often by name and tags, and the values by name."""
-
-    def __init__(self) -> None:
-        self.counted: Counter[tuple[str, ...]] = Counter()
-        self.values: dict[str, list[float]] = {}
-
-    def __call__(self, metric: Metric, value: float = 1.0, **tags: str) -> None:
-        assert set(tags) == set(metric.tags)
-        self.counted[metric.name, *tags.values()] += 1
-        self.values.setdefault(metric.name, []).append(value)
 
 
 class Replica:

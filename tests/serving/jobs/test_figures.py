@@ -3,9 +3,9 @@
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from serving.jobs.record import CLOCK_SKEW_S
-from serving.metrics import JOB_RETRIES, JOB_SECONDS, JOBS, JOBS_LINED_UP
 from serving.spans import Spans
-from tests.serving.jobs.conftest import Failing, Figures, Replicas
+from tests.serving.figures import Figures
+from tests.serving.jobs.conftest import Failing, Replicas
 
 LEASE_S = 1.0
 
@@ -19,13 +19,9 @@ def test_jobs_are_counted_by_how_they_end_each_once(replicas: Replicas, small: b
     here.wait(cancelled, "rendering")
     assert here.request("DELETE", f"/v1/edits/{cancelled}").status_code == 200
     here.close()
-    assert {key: number for key, number in figures.counted.items() if key[0] == JOBS.name} == {
-        (JOBS.name, "failed"): 1,
-        (JOBS.name, "done"): 1,
-        (JOBS.name, "cancelled"): 1,
-    }
-    assert len(figures.values[JOB_SECONDS.name]) == 1
-    assert max(figures.values[JOBS_LINED_UP.name]) == 1
+    assert sorted(tags["status"] for tags in figures.tags("jobs")) == ["cancelled", "done", "failed"]
+    assert len(figures.of("job_seconds")) == 1
+    assert max(figures.of("jobs_lined_up")) == 1
 
 
 def test_a_job_taken_over_counts_as_begun_again(replicas: Replicas, small: bytes) -> None:
@@ -38,10 +34,10 @@ def test_a_job_taken_over_counts_as_begun_again(replicas: Replicas, small: bytes
     there = replicas.open(meter=second, lease_s=LEASE_S)
     there.wait(job_id, "done")
     there.close()
-    assert (first.counted[JOB_RETRIES.name,], second.counted[JOB_RETRIES.name,]) == (0, 1)
-    assert (first.counted[JOBS.name, "done"], second.counted[JOBS.name, "done"]) == (0, 1)
+    assert (first.of("job_retries"), second.of("job_retries")) == ([], [1])
+    assert (first.tags("jobs"), second.tags("jobs")) == ([], [{"status": "done"}])
     # By the store's clock, which went on while nobody worked at it.
-    assert second.values[JOB_SECONDS.name][0] >= LEASE_S + CLOCK_SKEW_S
+    assert second.of("job_seconds")[0] >= LEASE_S + CLOCK_SKEW_S
 
 
 def test_the_edit_of_a_job_belongs_to_the_trace_of_its_request(replicas: Replicas, small: bytes) -> None:

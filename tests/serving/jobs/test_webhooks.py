@@ -17,9 +17,9 @@ from mgie.errors import ConfigError
 from serving.jobs import webhooks
 from serving.jobs.record import Webhook
 from serving.jobs.webhooks import LONGEST_PAUSE_S, check_url, signed_headers, webhook_settings
-from serving.metrics import WEBHOOKS
 from serving.schema import RequestError
-from tests.serving.jobs.conftest import Figures, Replica, Replicas
+from tests.serving.figures import Figures
+from tests.serving.jobs.conftest import Replica, Replicas
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 GIVE_UP_S = 3000.0
@@ -336,4 +336,10 @@ def test_calls_of_webhooks_are_counted_by_what_became_of_them(
     here = replicas.open(meter=figures, webhooks=allowing(receiver.host))
     webhook_of(here, here.accept(small, webhook_url=receiver.url), "delivered")
     here.close()
-    assert figures.counted[WEBHOOKS.name, "delivered"] == 1
+    accepting = replicas.open(is_at_work=False, webhooks=allowing(receiver.host))
+    job_id = accepting.accept(small, webhook_url=receiver.url)
+    there = replicas.open(meter=figures)  # a service that no longer calls any
+    webhook_of(there, job_id, "given_up")
+    there.close()
+    assert len(receiver.got) == 1
+    assert figures.tags("webhooks") == [{"status": "delivered"}, {"status": "given_up"}]
