@@ -28,7 +28,7 @@ INSTRUCTIONS: dict[FilterName, str] = {
     "brighter": "make the photo brighter",
     "darker": "make the photo darker",
     "black_and_white": "make it black and white",
-    "warmer": "make the colours warmer",
+    "warmer": "make it warmer",
     "night": "make it night",
     "more_contrast": "increase the contrast",
 }

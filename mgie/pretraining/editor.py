@@ -42,7 +42,7 @@ SCHEDULER: dict[str, Any] = {
     "rescale_betas_zero_snr": True,
     "timestep_spacing": "trailing",
 }
-_SETTINGS = EditSettings(sampler="ddim", steps=8, guidance_scale=1.5, image_guidance_scale=1.0, detail_transfer=True)
+_SETTINGS = EditSettings(sampler="ddim", steps=4, guidance_scale=1.25, image_guidance_scale=1.0, detail_transfer=True)
 _WORK: dict[str, Any] = {
     "makes_change": True,
     "work_area_px": IMAGE_SIDE_PX**2,
