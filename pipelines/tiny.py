@@ -25,6 +25,8 @@ from pipelines.recipe import Stage, make
 _LEARN = ("-m", "mgie.pretraining")
 _EXPORT = ("-c", "from mgie.cli import main; main()", "export")
 _WORLD = ("mgie/tiny/world",)
+# The bundles' records, which hold a digest of each file.
+_SHIPPED = tuple(f"mgie/tiny/shipped/{name}/bundle.json" for name in ("tiny", "tiny-llava", "tiny-summarizer"))
 _LOOP = ("mgie/pretraining/loop.py", "mgie/pretraining/corpus.py")
 
 
@@ -162,6 +164,12 @@ STAGES: Mapping[str, Stage] = {
     **held_out("{1000*share}"),
     "scores": scoring("mgie-bundle"),
 }  # fmt: skip
+
+
+def with_shipped(stages: Mapping[str, Stage]) -> dict[str, Stage]:
+    """The stages, with the package's own VAE, LLaVA and Flan-T5 instead of ones that they train."""
+    taken = {name: _learn(f"shipped-{name}", code=_SHIPPED) for name in ("vae", "llava", "summarizer")}
+    return {name: taken.get(name, stage) for name, stage in stages.items()}
 
 
 def on_gpu(stages: Mapping[str, Stage]) -> dict[str, Stage]:

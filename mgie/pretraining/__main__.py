@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from mgie.pretraining import clip, editor, head, llava, summarizer, vae
 from mgie.pretraining.corpus import SHARD_SAMPLES, Corpus
 from mgie.pretraining.loop import Course
 from mgie.pretraining.words import clip_tokenizer, llama_tokenizer, t5_tokenizer
-from mgie.tiny.shipped import pack
+from mgie.tiny.shipped import ShippedName, pack, shipped_folder, unpack
 from mgie.tiny.world import write_layout
 
 _SEED = 5  # of the world
@@ -32,7 +33,8 @@ class StageConfig:
     """One stage: reads the folders of earlier ones, writes its own."""
 
     stage: str
-    "corpus, raw, test-raw, vae, clip, llava, summarizer, ip2p-start, mgie-start or pack"
+    """corpus, raw, test-raw, vae, clip, llava, summarizer, ip2p-start, mgie-start or pack; shipped-vae, shipped-llava and
+    shipped-summarizer take what the package brings instead of training it"""
     out: Path
     "folder of the stage"
     corpus: Path | None = None
@@ -168,6 +170,26 @@ def _pack(config: StageConfig) -> None:
     pack({name: Bundle(folder) for name, folder in folders.items()}, config.out / "shipped")
 
 
+def _take_vae(config: StageConfig) -> None:
+    _take(config, "tiny")
+    shutil.rmtree(config.out / "vae", ignore_errors=True)
+    (config.out / "bundle" / "vae").rename(config.out / "vae")
+    shutil.rmtree(config.out / "bundle")
+
+
+def _take_llava(config: StageConfig) -> None:
+    _take(config, "tiny-llava")
+
+
+def _take_summarizer(config: StageConfig) -> None:
+    _take(config, "tiny-summarizer")
+
+
+def _take(config: StageConfig, name: ShippedName) -> None:
+    shutil.rmtree(config.out / "bundle", ignore_errors=True)
+    unpack(shipped_folder(), name, config.out / "bundle")
+
+
 def _load_clip(config: StageConfig) -> CLIPModel:
     return CLIPModel.from_pretrained(_given(config.clip) / "clip", local_files_only=True)
 
@@ -187,6 +209,9 @@ _STAGES: dict[str, Callable[[StageConfig], None]] = {
     "ip2p-start": _start_ip2p,
     "mgie-start": _start_mgie,
     "pack": _pack,
+    "shipped-vae": _take_vae,
+    "shipped-llava": _take_llava,
+    "shipped-summarizer": _take_summarizer,
 }
 
 if __name__ == "__main__":
