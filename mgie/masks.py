@@ -1,8 +1,9 @@
 """Where an edit may change the picture: a mask over the source's pixels, in latent space and on the result.
 
 A mask is a greyscale image of the source's size: black stays, white is edited, grey is blended. Latents outside
-it follow the source while the others are denoised (`sampler.Kept`), so that the edit fits its surroundings; the
-result is then laid over the source, so that pixels outside are the source's own, bit by bit.
+it follow the source while the others are denoised (`sampler.Kept`), so that the edit fits its surroundings, unless the
+model makes the change (`diffusion.LatentCodec`): it then makes the whole picture's. The result is laid over the source,
+so that pixels outside are the source's own, bit by bit.
 
 Axes: h w latent sides.
 """

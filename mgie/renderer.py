@@ -138,11 +138,12 @@ class Renderer:
             image_scale=settings.image_guidance_scale,
             seed=seed,
         )
-        if edit.request.mask is not None:
+        # Shown that nothing changes outside, a model that makes the change would make none inside either.
+        if edit.request.mask is not None and not self.codec.makes_change:
             height, width = state.latents.shape[1:]
             state.kept = Kept(
                 where=kept_latents(edit.request.mask, edit.framing, (height, width)).to(self.device),
-                clean=self.codec.made_of(state.image_latents * self.codec.scaling_factor, state.image_latents),
+                clean=state.image_latents * self.codec.scaling_factor,
                 noise=state.latents / schedule.init_noise_sigma,
             )
         return state

@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from PIL import Image
 from starlette.types import ASGIApp
 
+from mgie.bundles import open_bundle
 from mgie.images import read_image, read_metadata
 from serving.backend import InProcessBackend
 from serving.ingress import build_api
@@ -270,15 +271,17 @@ def test_zoom_shows_the_last_pixel_and_the_border_follows_the_pointer(edit_page:
 
 
 def test_presets_are_numbers_and_numbers_win(edit_page: EditPage, photo: bytes) -> None:
+    usual = open_bundle("tiny").config.defaults
+    scale = 1 + 1.5 * (usual.guidance_scale - 1)
     edit_page.choose(photo)
     edit_page["#strength label"].filter(has_text="strong").click()
     edit_page["#care label"].filter(has_text="draft").click()
     edit_page.edit("make it night")
-    expect(edit_page["#facts"]).to_contain_text("4 steps · guidance 1.75 text")
+    expect(edit_page["#facts"]).to_contain_text(f"{usual.steps // 2} steps · guidance {scale:.2f} text")
     edit_page.fill_numbers(steps=3)
     expect(edit_page["#care :checked"]).to_have_count(0)
     edit_page.edit("make it night")
-    expect(edit_page["#facts"]).to_contain_text("3 steps · guidance 1.75 text")
+    expect(edit_page["#facts"]).to_contain_text(f"3 steps · guidance {scale:.2f} text")
 
 
 def test_a_photo_can_be_pasted_dropped_or_drawn(edit_page: EditPage, photo: bytes) -> None:

@@ -15,6 +15,7 @@ from mgie.errors import ImageError
 from mgie.images import Framing, center_square
 from mgie.masks import check_mask, kept_latents, lay_over
 from mgie.renderer import Renderer, RenderRequest
+from mgie.tiny.world import make_sample
 
 
 def random_mask(rng: np.random.Generator, width: int, height: int) -> Image.Image:
@@ -124,3 +125,15 @@ def test_the_editor_takes_a_mask_and_refuses_one_before_the_words_are_read(rando
     assert (np.asarray(edited)[~outside] != np.asarray(source)[~outside]).any()
     with pytest.raises(ImageError, match="mask"):
         editor.edit(source, " ", mask=mask.resize((40, 60)))
+
+
+def test_a_model_that_makes_the_change_makes_the_whole_pictures_and_the_mask_cuts_it_out() -> None:
+    editor = Editor.load("tiny", device="cpu")
+    sample = make_sample(11, "test", 37, side_px=128)
+    mask = random_mask(np.random.default_rng(3), 128, 128)
+    whole, part = (
+        editor.edit(sample.source, "make it night", seed=1, expressive="It is night.", mask=given).image
+        for given in (None, mask)
+    )
+    assert np.abs(np.asarray(whole, dtype=int) - np.asarray(sample.source, dtype=int)).mean() > 20
+    assert (np.asarray(part) == np.asarray(lay_over(whole, sample.source, mask))).all()
