@@ -9,7 +9,6 @@ order for the same number of steps, and edit the same held-out photos with the s
 `comparison.svg`: means with bootstrap intervals, and those of differences, which are taken row by row.
 """
 
-import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -122,7 +121,8 @@ def compare(folders: Mapping[str, Path], config: CompareConfig) -> Comparison:
             values = {v: np.mean([_column(run, ids, metric) for run in runs], axis=0) for v, runs in scores.items()}
             values = {"copy": _column(some, ids, metric, setting=_COPY), **values}
             found.append(_group(name, metric, {v: column[chosen] for v, column in values.items()}))
-    return Comparison(settings=dataclasses.asdict(config) | {"level": LEVEL}, rows=len(ids), groups=tuple(found))
+    settings = {name: getattr(config, name) for name in ("steps", "seeds", "share", "shipped")} | {"level": LEVEL}
+    return Comparison(settings=settings, rows=len(ids), groups=tuple(found))
 
 
 def _group(name: str, metric: str, values: Mapping[str, npt.NDArray[np.float64]]) -> Group:

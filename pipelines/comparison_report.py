@@ -37,17 +37,19 @@ class Comparison:
 
     def as_json(self) -> dict[str, Any]:
         """Content of `comparison.json`."""
-        return asdict(self) | {"settings": {name: _plain(value) for name, value in self.settings.items()}}
+        return asdict(self)
 
 
 def markdown(comparison: Comparison) -> str:
     """Tables: means by variant, then whether each of the paper's orderings came out."""
     level = comparison.settings["level"]
     about = comparison.settings
+    begin = "VAE, LLaVA and Flan-T5 as shipped" if about["shipped"] else "everything trained from nothing"
     lines = [
         "# The paper's comparison in miniature",
         "",
-        f"{comparison.rows} held-out edits of the tiny world, {about['steps']} training steps, {about['seeds']} seed(s).",
+        f"{comparison.rows} held-out edits of the tiny world, {about['steps']} training steps, {about['seeds']} seed(s);",
+        f"before, {about['share']:g} of the samples and steps of `make tiny`, {begin}.",
         f"Mean [{level:.0%} interval of a bootstrap over rows]. Made by `make compare`.",
     ]
     for name in dict.fromkeys(group.name for group in comparison.groups):
@@ -109,7 +111,3 @@ def _panel(group: Group) -> str:
         parts.append(f'<circle cx="{x(interval.mean):.1f}" cy="{y}" r="4" fill="{color}"/>')
         parts.append(f'<text x="{_WIDTH - 50}" y="{y + 4}" fill="#333">{interval.mean:.3f}</text>')
     return "".join(parts)
-
-
-def _plain(value: object) -> object:
-    return value if isinstance(value, (int, float, bool)) else str(value)

@@ -7,13 +7,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
+from mgie.bundles import open_bundle
+from mgie.checkpoint import Bundle
 from mgie.errors import DataError
 from mgie.ledger import to_table
 from mgie.metrics import METRICS
 from pipelines.compare import CLAIMS, VARIANTS, CompareConfig, compare, stages
 from pipelines.comparison_report import markdown, plot
-from pipelines.recipe import folders
+from pipelines.recipe import folders, make
 from pipelines.scoring import SCORES_SCHEMA
 
 L1 = {"ip2p": 0.30, "ft": 0.25, "fz": 0.31, "lgie": 0.29, "e2e": 0.20, "e2e without L_ins": 0.20}
@@ -57,6 +60,19 @@ def test_every_variant_trains_from_the_same_and_is_scored_on_the_same() -> None:
         "fz",
     }
     assert found["scores-fz-0"].needs == ("test-ledger", "ip2p-bundle")
+
+
+def test_it_can_begin_with_the_models_that_ship(tmp_path: Path) -> None:
+    trained, taken = stages(CompareConfig()), stages(CompareConfig(shipped=True))
+    names = [name for name in trained if trained[name] != taken[name]]
+    assert sorted(names) == ["llava", "summarizer", "vae"]
+    places = make(taken, tmp_path, share=1.0, parallel=1, console=Console(quiet=True), until=names)
+    assert Bundle(places["llava"] / "bundle").identity == open_bundle("tiny-llava").identity
+    assert Bundle(places["summarizer"] / "bundle").identity == open_bundle("tiny-summarizer").identity
+    shipped = open_bundle("tiny").root / "vae"
+    assert {path.name: path.read_bytes() for path in (places["vae"] / "vae").iterdir()} == {
+        path.name: path.read_bytes() for path in shipped.iterdir()
+    }
 
 
 def test_means_differences_and_verdicts_are_those_of_the_scores(places: dict[str, Path]) -> None:
