@@ -9,7 +9,7 @@ from mgie.bootstrap import Interval
 from mgie.metrics import METRICS
 
 _WIDTH, _LEFT, _ROW, _TOP = 640, 190, 18, 40
-_PLOTTED = ("inside_l1", "object_check")
+_PLOTTED = ("l1", "inside_l1", "object_check")
 _COLOR, _GREY = "#1565c0", "#777"
 
 
@@ -79,7 +79,7 @@ def _verdict(gain: Interval | None) -> str:
 
 
 def plot(comparison: Comparison) -> str:
-    """An SVG: two metrics by variant, over all rows and over the ambiguous ones, with intervals."""
+    """An SVG: some metrics by variant, over all rows and over the ambiguous ones, with intervals."""
     panels = [
         group
         for metric in _PLOTTED
