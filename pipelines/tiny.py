@@ -20,13 +20,14 @@ from rich.console import Console
 
 from mgie.errors import ConfigError, MGIEError
 from mgie.pretraining.__main__ import num_samples
+from mgie.tiny.shipped import SHIPPED
 from pipelines.recipe import Stage, make
 
 _LEARN = ("-m", "mgie.pretraining")
 _EXPORT = ("-c", "from mgie.cli import main; main()", "export")
 _WORLD = ("mgie/tiny/world",)
 # The bundles' records, which hold a digest of each file.
-_SHIPPED = tuple(f"mgie/tiny/shipped/{name}/bundle.json" for name in ("tiny", "tiny-llava", "tiny-summarizer"))
+_SHIPPED = tuple(f"mgie/tiny/shipped/{name}/bundle.json" for name in SHIPPED)
 _LOOP = ("mgie/pretraining/loop.py", "mgie/pretraining/corpus.py")
 
 
