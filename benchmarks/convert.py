@@ -3,7 +3,7 @@
     python benchmarks/convert.py [--layers 6] [--repeats 3] [--folder /var/tmp]
 
 Writes a seeded fp16 checkpoint in two `.bin` shards (2.4 GB with 6 of the 32 layers) to a temporary folder and
-converts it in fresh processes: by `mgie.convert`, and by the plain way (read all shards into one dictionary, build
+converts it in fresh processes: by `mgie.bundle.convert`, and by the plain way (read all shards into one dictionary, build
 the model, save it). Both write the same bundle, checksums included; its tensors are compared. The page cache is
 emptied of the source before each run. Everything is removed afterwards.
 
@@ -30,11 +30,11 @@ import torch
 from safetensors import safe_open
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from mgie.checkpoint import BundleWriter
-from mgie.config import BundleConfig, Provenance
-from mgie.convert import Sources, convert
-from mgie.tiny.untrained import build_tokenizer
-from mgie.tokens import Tokenizer
+from mgie.bundle.convert import convert
+from mgie.bundle.untrained import build_tokenizer
+from mgie.bundle.writer import BundleWriter
+from mgie.config import BundleConfig, Provenance, Sources
+from mgie.model.tokens import Tokenizer
 
 HIDDEN, INTERMEDIATE, HEADS = 4096, 11008, 32  # LLaMA-7B
 CLIP = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 224, "patch_size": 14}  # fmt: skip

@@ -24,9 +24,11 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from mgie.bundles import open_bundle
-from mgie.detail import transfer_detail
-from mgie.images import from_signed, read_image, resize, to_signed
+from mgie.bundle.bundle import open_bundle
+from mgie.images.detail_transfer import transfer_detail
+from mgie.images.files import read_image
+from mgie.images.geometry import resize
+from mgie.images.pixels import from_signed, to_signed
 from mgie.tiny.world.filters import Filter, FilterName, apply_filter
 
 OPERATIONS: tuple[FilterName, ...] = (
@@ -47,12 +49,12 @@ def simulated(image: Image.Image) -> Tensor:
 
 def through_vae(bundle: str) -> Lossy:
     """At work size, encoded and decoded by a bundle's VAE."""
-    codec = open_bundle(bundle).load_renderer(device="cpu").codec
+    vae = open_bundle(bundle).load_renderer(device="cpu").vae
 
     @torch.inference_mode()
     def reconstruct(image: Image.Image) -> Tensor:
-        latents = codec.condition_latents(to_signed(resize(image, WORK_WH))[None])
-        return codec.decode(latents * codec.scaling_factor)[0].float()
+        latents = vae.condition_latents(to_signed(resize(image, WORK_WH))[None])
+        return vae.decode(latents * vae.scaling_factor)[0].float()
 
     return reconstruct
 

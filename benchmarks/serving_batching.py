@@ -17,8 +17,8 @@ import tyro
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from serving.batcher import GreedyBatcher
-from serving.demo import free_port, local_cluster
+from serving.local_cluster import free_port, local_cluster
+from serving.stages.batcher import GreedyBatcher
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,14 +24,14 @@ import torch
 from PIL import Image
 from ray.data import DataContext
 
-from mgie.images import read_image
-from mgie.ledger import read_ledger, read_manifest
+from mgie.data.ledger import read_ledger, read_manifest
+from mgie.images.files import read_image
+from mgie.storage.folder import Folder, open_folder
 from mgie.tiny.sample import write_sample
-from pipelines.cluster import StageSize, start_ray
-from pipelines.describe import BundleDescriber
 from pipelines.prepare import PrepareConfig, prepare
-from pipelines.stages import Summarizer
-from pipelines.storage import Folder, open_folder
+from pipelines.runs.cluster import StageSize, start_ray
+from pipelines.stages.local_describers import BundleDescriber
+from pipelines.stages.summarizer import Summarizer
 from pipelines.summarize import SummarizeConfig, make_describer, make_summarizer, summarize
 
 Texts = dict[int, tuple[str, str]]

@@ -10,7 +10,7 @@ sample, losses and positions are read from the device, AdamW is torch's default.
 losses and gradients on one batch are compared.
 
 Then turns are taken, each way a few steps over the same samples, and medians compared: the published step, the
-same with one measure, with all, and `mgie.trainer`. Memory is taken in a process of its own for each way: of the GPU
+same with one measure, with all, and `mgie.training.trainer`. Memory is taken in a process of its own for each way: of the GPU
 all, else resident memory above that of the imports (Linux only).
 
 On a CPU the default is one thread: steps of this size gain little from a second, and on a shared machine it is noise.
@@ -45,23 +45,26 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 
-from mgie.batches import BatchMaker, MicroBatch, StepLoader
-from mgie.checkpoint import Bundle
-from mgie.config import OptimizerConfig, TrainingConfig
-from mgie.data import ConversationCollator, to_device
-from mgie.diffusion import LatentCodec, NoiseSchedule
-from mgie.edit_head import EditHead
-from mgie.examples import TRAIN_FILE, Examples, freeze_examples
-from mgie.images import PUBLISHED_SIDE_PX, ClipPixels
-from mgie.latent_cache import CacheKind, CacheSpec, LatentCache, finish_cache, list_shards, write_shard
-from mgie.mllm import MLLM, VisionTower
-from mgie.model import MGIE, Conversations, MomentPair, PixelPair, TrainingBatch, TrainingDraws
-from mgie.order import MixedOrder, Place
-from mgie.parallel import Alone
-from mgie.prompts import IGNORE
-from mgie.tiny import ensure_bundle
-from mgie.trainer import _PEAK_FLOPS, Trainer, accumulate_gradients, compute_in
-from mgie.training import TrainingModel, _blocks, _recompute_blocks, load_training_model
+from mgie.bundle.bundle import Bundle
+from mgie.bundle.embedded import ensure_bundle
+from mgie.config import CacheKind, OptimizerConfig, TrainingConfig
+from mgie.data.collate import ConversationCollator, to_device
+from mgie.data.examples import TRAIN_FILE, Examples, freeze_examples
+from mgie.data.latent_cache import CacheSpec, finish_cache, list_shards, write_shard
+from mgie.data.latent_reader import LatentCache
+from mgie.data.loader import BatchMaker, MicroBatch, StepLoader
+from mgie.data.order import MixedOrder, Place
+from mgie.images.geometry import PUBLISHED_SIDE_PX
+from mgie.images.pixels import ClipPixels
+from mgie.model.batch import Conversations, MomentPair, PixelPair, TrainingBatch, TrainingDraws
+from mgie.model.diffusion import LatentVAE, NoiseSchedule
+from mgie.model.edit_head import EditHead
+from mgie.model.mgie import MGIE
+from mgie.model.mllm import MLLM, VisionTower
+from mgie.model.prompts import IGNORE
+from mgie.training.distributed import Alone
+from mgie.training.trainer import _PEAK_FLOPS, Trainer, accumulate_gradients, compute_in
+from mgie.training.variants import TrainingModel, _blocks, _recompute_blocks, load_training_model
 
 ENCODER = "benchmark"
 SCHEDULER = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -95,7 +98,7 @@ class Measures:
     compile: bool = False
 
 
-PUBLISHED, ALL, OURS = "published step", "all of these, in plain code", "mgie.trainer"
+PUBLISHED, ALL, OURS = "published step", "all of these, in plain code", "mgie.training.trainer"
 WAYS: dict[str, Measures] = {
     PUBLISHED: Measures(),
     "VAE moments from a cache": Measures(moments=True),
@@ -213,7 +216,7 @@ class PlainStep:
         self, images: PixelPair | MomentPair, draws: TrainingDraws, condition: Tensor, null: Tensor
     ) -> Tensor:
         """L_edit (a mean)."""
-        vae, abar = self.model.codec.vae, self.model.schedule.abar[draws.timesteps][:, None, None, None]
+        vae, abar = self.model.vae.autoencoder, self.model.schedule.abar[draws.timesteps][:, None, None, None]
         with torch.no_grad():
             if isinstance(images, MomentPair):
                 source, mean, logvar = images.source_mean, images.goal_mean, images.goal_logvar
@@ -401,8 +404,8 @@ def write_caches(made: TrainingModel, config: TrainingConfig, folder: Path, devi
         places = [Place(0, 0, row) for row in range(first, min(first + config.micro_batch, len(rows)))]
         batch = to_device(maker(places).batch, device)
         words, images = cast(Conversations, batch.words), cast(PixelPair, batch.images)
-        mean, logvar = model.codec.moments(images.goal)
-        found = {"source_mean": model.codec.condition_latents(images.source), "goal_mean": mean, "goal_logvar": logvar}
+        mean, logvar = model.vae.moments(images.goal)
+        found = {"source_mean": model.vae.condition_latents(images.source), "goal_mean": mean, "goal_logvar": logvar}
         assert words.clip_pixels is not None
         found["features"] = model.mllm.vision(words.clip_pixels.to(model.mllm.vision.clip.dtype))
         for name, value in found.items():
@@ -470,7 +473,7 @@ MINIATURE = Sizes(
     edit_head={"condition_dim": 64, "width": 64, "num_queries": 77},
     side_px=128,
 )
-CORPUS = Path(__file__).parents[1] / "mgie" / "tiny" / "corpus.txt"
+CORPUS = Path(__file__).parents[1] / "mgie" / "bundle" / "corpus.txt"
 
 
 def random_model(sizes: Sizes, config: TrainingConfig, device: torch.device) -> TrainingModel:
@@ -495,12 +498,12 @@ def random_model(sizes: Sizes, config: TrainingConfig, device: torch.device) -> 
         mllm=MLLM(VisionTower(vision), projector, llm, im_patch_id=tokenizer.im_patch_id),
         edit_head=head,
         unet=unet,
-        codec=LatentCodec(vae),
+        vae=LatentVAE(vae),
         schedule=NoiseSchedule(SCHEDULER),
         num_visual_tokens=len(tokenizer.visual_ids),
     )
     model.freeze()
-    latent_side = sizes.side_px // model.codec.downsampling
+    latent_side = sizes.side_px // model.vae.downsampling
     return TrainingModel(
         model=model.to(device),
         collate=ConversationCollator(tokenizer, num_patches=model.mllm.num_patches),

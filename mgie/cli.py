@@ -19,17 +19,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mgie.bundles import open_bundle
-from mgie.checkpoint import Bundle
-from mgie.config import BundleConfig, Sampler
-from mgie.convert import KeptDtype, Sources, convert
-from mgie.edit_list import parse_edit_list
-from mgie.editor import Editor, output_format
+from mgie.bundle.record import BundleRecord
+from mgie.bundle.resolve import locate_bundle
+from mgie.config import BundleConfig, KeptDtype, Sampler, Sources, WeightKind
+from mgie.data.edit_list import parse_edit_list
 from mgie.errors import ConfigError, DataError, ImageError, MGIEError
-from mgie.export import PUBLISHED_FILES, WeightKind, export_bundle, export_published, open_base, read_trained
-from mgie.images import OutputFormat
-from mgie.parity import compare
-from mgie.prompts import check_text
+from mgie.images.files import OutputFormat, output_format
+from mgie.model.prompts import check_text
 
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".heic", ".heif")
 
@@ -100,6 +96,8 @@ def edit(
         if item.target.parent.exists() and not item.target.parent.is_dir():
             raise ConfigError(f"{item.target.parent} is a file; --out must be a folder here", param="out")
         output_format(item.target)
+    from mgie.editor import Editor  # here and below, because it needs torch: `--help`, `info` and refusals do without
+
     editor = Editor.load(bundle, device=device, dtype=dtype)
     _warn_untrained(editor.bundle)
     settings: dict[str, Any] = {
@@ -222,6 +220,8 @@ def convert_command(
         trained: Whether the weights are trained; default: yes, except for a fresh MGIE.
         replace: Replace a bundle that is there.
     """
+    from mgie.bundle.convert import convert
+
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -273,6 +273,8 @@ def export(
         replace: Replace a bundle that is there.
     """
     with err.status("exporting"):
+        from mgie.training.export import PUBLISHED_FILES, export_bundle, export_published, open_base, read_trained
+
         trained = read_trained(run, step=step, weights=weights)
         origin = open_base(trained.snapshot, base)
         if published:
@@ -299,7 +301,9 @@ def parity(
         json_: Print the report as JSON.
     """
     # A live line for a person who waits; nothing where the output is piped.
-    with err.status("") as status:
+    with err.status("loading") as status:
+        from mgie.evaluation.parity import compare
+
         report = compare(folder, progress=lambda name: status.update(f"comparing {name}"))
     if json_:
         print(json.dumps(report.as_json(), indent=2))
@@ -337,7 +341,7 @@ def info(
         verify: Also check every file's sha256.
         json_: Print bundle.json with the identity.
     """
-    opened = open_bundle(bundle)
+    opened = locate_bundle(bundle)
     if verify:
         opened.verify()
     if json_:
@@ -352,7 +356,7 @@ def info(
     return 0
 
 
-def _describe(bundle: Bundle) -> dict[str, str]:
+def _describe(bundle: BundleRecord) -> dict[str, str]:
     config = bundle.config
     sizes = {part: sum(entry.size for entry in bundle.files([part]).values()) for part in config.parts}
     return {

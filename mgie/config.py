@@ -1,16 +1,25 @@
 """Configuration records: defaults, meaning, and the checks between fields.
 
-Frozen, keyword-only. Knows no torch and no files; `checkpoint.py` stores `BundleConfig` as
+Frozen, keyword-only. Knows no torch and no files; `bundle/` stores `BundleConfig` as
 `bundle.json`. Modules receive plain values from here, never a whole configuration.
 """
 
 import dataclasses
 import math
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mgie.errors import BundleError, ConfigError
+
+SOFTWARE = "MGIE"
+_MAX_RANDOM_SEED = 2**32  # short enough to read out and type in again
+MAX_RESULTS, MAX_PREVIEWS = 10, 10  # of one edit
+KeptDtype = Literal["keep", "float32", "float16", "bfloat16"]
+CacheKind = Literal["vae_moments", "clip_features"]
+WeightKind = Literal["ema", "raw"]
 
 Sampler = Literal["euler_ancestral", "ddim", "dpmpp_2m"]
 StopRule = Literal["visual_tokens", "eos"]
@@ -340,3 +349,45 @@ class TrainingConfig:
             raise ConfigError(
                 f"image_side_px is {self.image_side_px}; it must be a multiple of 8", param="image_side_px"
             )
+
+
+def random_seed() -> int:
+    """A seed for an edit that gave none."""
+    return secrets.randbelow(_MAX_RANDOM_SEED)
+
+
+def vae_downsampling(config: Mapping[str, Any]) -> int:
+    """Image pixels per latent side, of a VAE with this configuration of diffusers: 8 for Stable Diffusion.
+
+    A VAE that takes 3 p^2 channels sees each block of p x p pixels as one position.
+    """
+    return int(2 ** (len(config["block_out_channels"]) - 1)) * math.isqrt(int(config["in_channels"]) // 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Folders of published weights. Which are given decides what the bundle will be.
+
+        llava, clip, stable_diffusion, mgie     the published MGIE
+        llava, clip, stable_diffusion           a fresh MGIE to train: the edit head is random
+        llava, clip                             LLaVA alone: it describes images, it edits none
+        stable_diffusion                        InstructPix2Pix alone
+        summarizer                              T5 alone; it may also go beside any of the above
+
+    Any other combination is refused.
+    """
+
+    llava: Path | None = None
+    "merged LLaVA-7B-v1: config.json, tokenizer.model, added_tokens.json, pytorch_model-*.bin"
+    clip: Path | None = None
+    "the vision tower that LLaVA names, openai/clip-vit-large-patch14: config.json, preprocessor_config.json, weights"
+    stable_diffusion: Path | None = None
+    "Stable Diffusion 1.5 or InstructPix2Pix in the diffusers layout: unet/, vae/, scheduler/"
+    mgie: Path | None = None
+    "the published mgie_7b: mllm.pt and unet.pt"
+    summarizer: Path | None = None
+    "a T5 in the transformers layout, e.g. google/flan-t5-xxl"
+
+    def given(self) -> dict[str, Path]:
+        """The folders given, by field name."""
+        return {name: path for name, path in vars(self).items() if path is not None}

@@ -3,7 +3,6 @@
 The same conditioner and renderer serve behind HTTP; this is their composition for one process.
 """
 
-import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,17 +11,22 @@ from typing import Any
 
 from PIL import Image
 
-from mgie.bundles import open_bundle
-from mgie.checkpoint import Bundle
-from mgie.conditioner import Conditioner, EditRequest, Guidance
-from mgie.config import MAX_SEED, BundleConfig, EditSettings, GenerationConfig, ImageLimits, check_range
+from mgie.bundle.bundle import Bundle, open_bundle
+from mgie.config import (
+    MAX_SEED,
+    SOFTWARE,
+    BundleConfig,
+    EditSettings,
+    GenerationConfig,
+    ImageLimits,
+    check_range,
+    random_seed,
+)
 from mgie.errors import ImageError
-from mgie.images import DEFAULT_LIMITS, EditMetadata, OutputFormat, read_image, to_rgb, write_image
-from mgie.masks import check_mask
-from mgie.renderer import Renderer, RenderRequest
-
-SOFTWARE = "MGIE"
-_MAX_RANDOM_SEED = 2**32  # short enough to read out and type in again
+from mgie.images.files import DEFAULT_LIMITS, EditMetadata, output_format, read_image, to_rgb, write_image
+from mgie.images.masks import check_mask
+from mgie.inference.conditioner import Conditioner, EditCondition, EditRequest
+from mgie.inference.renderer import Renderer, RenderRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +45,14 @@ class EditResult:
     "the model gave no usable visual tokens; the edit may ignore the words"
     timings_s: Mapping[str, float]
     "seconds in `derive` and `render`"
-    guidance: Guidance
+    edit_condition: EditCondition
     "what crossed from words to pixels, with token counts"
     bundle: BundleConfig
     "what made it"
 
     def metadata(self) -> EditMetadata:
         """What is written into the image file."""
-        return EditMetadata(seed=self.seed, bundle=self.guidance.bundle, software=SOFTWARE)
+        return EditMetadata(seed=self.seed, bundle=self.edit_condition.bundle, software=SOFTWARE)
 
     def save(self, path: str | Path) -> None:
         """Writes the image, with its metadata, in the format of the file name (png, jpg, jpeg or webp).
@@ -60,21 +64,16 @@ class EditResult:
         path.write_bytes(write_image(self.image, format=output_format(path), metadata=self.metadata()))
 
 
-def output_format(path: Path) -> OutputFormat:
-    """The image format that a file name asks for.
+@dataclass(frozen=True, kw_only=True)
+class Derivation:
+    """What the model makes of the words alone."""
 
-    Raises:
-        ImageError: It ends in none of .png, .jpg, .jpeg, .webp.
-    """
-    known: dict[str, OutputFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
-    if path.suffix.lower() not in known:
-        raise ImageError(f"{path.name} does not end in one of {', '.join(known)}", param="out")
-    return known[path.suffix.lower()]
-
-
-def random_seed() -> int:
-    """A seed for an edit that gave none."""
-    return secrets.randbelow(_MAX_RANDOM_SEED)
+    expressive: str
+    "what the model understood"
+    used_fallback: bool
+    "the model gave no usable visual tokens; an edit may ignore the words"
+    edit_condition: EditCondition
+    "what crosses from words to pixels, with token counts"
 
 
 class Editor:
@@ -103,6 +102,21 @@ class Editor:
             bundle=opened.config,
             conditioner=opened.load_conditioner(device=device, dtype=dtype),
             renderer=opened.load_renderer(device=device, dtype=dtype),
+        )
+
+    def derive(
+        self,
+        image: Image.Image | bytes | str | Path,
+        instruction: str,
+        *,
+        expressive: str | None = None,
+        generation: GenerationConfig | None = None,
+    ) -> Derivation:
+        """Derives what an edit would be guided by, without making it; arguments and errors as those of `edit`."""
+        request = EditRequest(image=load_source(image), instruction=instruction, expressive=expressive)
+        [condition] = self._conditioner.derive([request], generation)
+        return Derivation(
+            expressive=condition.expressive, used_fallback=condition.used_fallback, edit_condition=condition
         )
 
     def edit(
@@ -143,19 +157,20 @@ class Editor:
         if allowed is not None:  # here, too
             check_mask(allowed, self._renderer.framing(source.size, used))
         started = time.perf_counter()
-        request = EditRequest(image=source, instruction=instruction, expressive=expressive)
-        [guidance] = self._conditioner.derive([request], generation)
+        words = self.derive(source, instruction, expressive=expressive, generation=generation)
         derived = time.perf_counter()
-        render = RenderRequest(image=source, guidance=guidance, settings=used, seed=seed, mask=allowed)
+        render = RenderRequest(
+            image=source, edit_condition=words.edit_condition, settings=used, seed=seed, mask=allowed
+        )
         [(_, edited)] = self._renderer.render([render], on_step=on_step)
         return EditResult(
             image=edited,
-            expressive=guidance.expressive,
+            expressive=words.expressive,
             seed=seed,
             settings=used,
-            used_fallback=guidance.used_fallback,
+            used_fallback=words.used_fallback,
             timings_s={"derive": derived - started, "render": time.perf_counter() - derived},
-            guidance=guidance,
+            edit_condition=words.edit_condition,
             bundle=self.bundle,
         )
 

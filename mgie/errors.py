@@ -14,6 +14,8 @@
     ├── EngineFullError          the engine has no room for another edit; later it may
     ├── DeadlineError            an edit was not done in its time
     └── ParityError              a folder of reference vectors cannot be read
+    RuntimeError
+    └── EngineClosedError        the engine was closed before the edit ended
 
 A message names the thing, the value got and the value allowed. Knows nothing of HTTP: `serving`
 maps these classes to status codes in one table.
@@ -95,3 +97,7 @@ class DeadlineError(MGIEError):
 
 class ParityError(MGIEError):
     """A folder of reference vectors cannot be read."""
+
+
+class EngineClosedError(RuntimeError):
+    """The engine was closed before the edit was done."""

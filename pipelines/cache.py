@@ -5,7 +5,7 @@
 
 Rows are worked on in blocks of `rows_per_shard`. The actor that encodes a block also writes it as a shard, whole or
 not at all, under a name that follows from its rows. The same command continues an interrupted run, and with a ledger
-that has grown, or another one, adds the rows that are not in the cache yet. `mgie/latent_cache.py` has the format.
+that has grown, or another one, adds the rows that are not in the cache yet. `mgie/data/latent_cache.py` has the format.
 """
 
 import dataclasses
@@ -24,25 +24,17 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mgie.bundles import open_bundle
+from mgie.bundle.resolve import locate_bundle
+from mgie.config import CacheKind
+from mgie.data.latent_cache import CacheDtype, CacheSpec, Ids, Shard, cached_ids, finish_cache, list_shards, write_shard
+from mgie.data.ledger import images_root, read_edits
 from mgie.errors import ConfigError, DataError, MGIEError
-from mgie.latent_cache import (
-    CacheDtype,
-    CacheKind,
-    CacheSpec,
-    Ids,
-    Shard,
-    cached_ids,
-    finish_cache,
-    list_shards,
-    write_shard,
-)
-from mgie.ledger import images_root, read_edits
-from pipelines.caching import CACHED_SCHEMA, EncodeLatents, FetchSquares, cache_spec
-from pipelines.cluster import StageSize, cause_of, check_cluster, check_shared, start_ray
-from pipelines.lease import hold_lease
-from pipelines.pending import PendingRows, run_blocks, write_pending
-from pipelines.storage import Folder, RunRecord, claim, fingerprint, open_folder
+from mgie.storage.folder import Folder, open_folder
+from pipelines.runs.blocks import PendingRows, run_blocks, write_pending
+from pipelines.runs.cluster import StageSize, cause_of, check_cluster, check_shared, start_ray
+from pipelines.runs.lease import hold_lease
+from pipelines.runs.run_record import RunRecord, claim, fingerprint
+from pipelines.stages.squares import CACHED_SCHEMA, FetchSquares, cache_spec
 
 What = Literal["vae", "clip", "both"]
 
@@ -92,7 +84,7 @@ class CacheConfig:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CacheResult:
     """What a run did, and what there is now."""
 
     num_pending: int
@@ -101,7 +93,7 @@ class Outcome:
     out: str
 
 
-def cache(config: CacheConfig, *, console: Console | None = None) -> Outcome:
+def cache(config: CacheConfig, *, console: Console | None = None) -> CacheResult:
     """Runs the job to its end.
 
     Raises:
@@ -112,7 +104,7 @@ def cache(config: CacheConfig, *, console: Console | None = None) -> Outcome:
         OSError: A store is in trouble.
     """
     console = console or Console(quiet=True)
-    bundle = open_bundle(config.bundle)
+    bundle = locate_bundle(config.bundle)
     side_px = config.image_side_px or bundle.config.training_side_px
     specs = [cache_spec(bundle, kind, image_side_px=side_px, dtype=config.dtype) for kind in _KINDS[config.what]]
     ledger = open_folder(config.ledger, endpoint=config.endpoint)
@@ -145,7 +137,7 @@ def cache(config: CacheConfig, *, console: Console | None = None) -> Outcome:
         num_bytes = sum(stamp.num_rows * stamp.spec.row_bytes for stamp in stamps)
         report = {"rows": stamps[0].num_rows, "bytes": num_bytes}
         dataclasses.replace(run, is_finished=True, report=report).write(out)
-    return Outcome(pending.num_rows, stamps[0].num_rows, num_bytes, out.url)
+    return CacheResult(pending.num_rows, stamps[0].num_rows, num_bytes, out.url)
 
 
 def _num_rows(ledger: Folder) -> int:
@@ -180,6 +172,10 @@ class _EncodeAndCommit:
     """Encodes a block and writes its shards; returns its figures."""
 
     def __init__(self, config: CacheConfig, specs: list[CacheSpec], out: Folder) -> None:
+        from pipelines.stages.encode import (
+            EncodeLatents,  # here, because it needs torch, which the driver and the tasks that fetch do without
+        )
+
         self._specs, self._out = specs, out
         self._encode = EncodeLatents(config.bundle, specs, batch_size=config.encode.batch_size, device=config.device)
 

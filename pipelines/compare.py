@@ -22,12 +22,12 @@ import pyarrow.parquet as pq
 import tyro
 from rich.console import Console
 
-from mgie.bootstrap import LEVEL, Interval, bootstrap_means
 from mgie.errors import ConfigError, DataError, MGIEError
-from mgie.metrics import METRICS
+from mgie.evaluation.bootstrap import LEVEL, Interval, bootstrap_means
+from mgie.evaluation.metrics import METRICS
 from pipelines import tiny
-from pipelines.comparison_report import Comparison, Group, markdown, plot
-from pipelines.recipe import Stage, make
+from pipelines.reports.compare import Comparison, Group, markdown, plot
+from pipelines.runs.recipe import Stage, make
 
 VARIANTS = ("ip2p", "ft", "fz", "lgie", "e2e", "e2e without L_ins")
 CLAIMS = (("e2e", "ft"), ("ft", "fz"), ("e2e", "lgie"), ("lgie", "ip2p"), ("e2e", "ip2p"), ("e2e", "e2e without L_ins"))

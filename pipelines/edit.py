@@ -28,12 +28,10 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mgie.bundles import open_bundle
+from mgie.bundle.resolve import locate_bundle
 from mgie.config import MAX_SEED, Sampler
-from mgie.edit_list import parse_edit_list
-from mgie.errors import ConfigError, DataError, MGIEError
-from mgie.images import OutputFormat
-from mgie.ledger import (
+from mgie.data.edit_list import parse_edit_list
+from mgie.data.ledger import (
     EDITS_SCHEMA,
     IMAGES_FILE,
     images_root,
@@ -43,12 +41,15 @@ from mgie.ledger import (
     row_id,
     to_table,
 )
-from pipelines.cluster import StageSize, check_cluster, check_shared, start_ray
-from pipelines.editing import TRAVELLING_EDITS_SCHEMA, EditImages, row_seed
-from pipelines.lease import hold_lease
-from pipelines.pending import PendingRows, run_blocks, write_pending
-from pipelines.stages import FetchSources
-from pipelines.storage import Folder, RunRecord, claim, fingerprint, open_folder
+from mgie.errors import ConfigError, DataError, MGIEError
+from mgie.images.files import OutputFormat
+from mgie.storage.folder import Folder, open_folder
+from pipelines.runs.blocks import PendingRows, run_blocks, write_pending
+from pipelines.runs.cluster import StageSize, check_cluster, check_shared, start_ray
+from pipelines.runs.lease import hold_lease
+from pipelines.runs.run_record import RunRecord, claim, fingerprint
+from pipelines.stages.fetch import EDIT_ROW_SCHEMA, FetchSources
+from pipelines.stages.seeds import row_seed
 
 _IMAGES = "images"
 _FETCH_CPUS = 0.25  # waits for storage most of the time
@@ -112,7 +113,7 @@ class EditConfig:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class EditRunResult:
     """What a run did, and where it lies."""
 
     num_pending: int
@@ -121,7 +122,7 @@ class Outcome:
     out: str
 
 
-def edit(config: EditConfig, *, console: Console | None = None) -> Outcome:
+def edit(config: EditConfig, *, console: Console | None = None) -> EditRunResult:
     """Runs the job to its end.
 
     Raises:
@@ -132,7 +133,7 @@ def edit(config: EditConfig, *, console: Console | None = None) -> Outcome:
         OSError: A store is in trouble.
     """
     console = console or Console(quiet=True)
-    bundle = open_bundle(config.bundle)
+    bundle = locate_bundle(config.bundle)
     bundle.config.defaults.override(**config.settings)  # refuses bad settings before anything starts
     out = open_folder(config.out, endpoint=config.endpoint)
     images, rows = _read_source(config)
@@ -167,7 +168,7 @@ def edit(config: EditConfig, *, console: Console | None = None) -> Outcome:
                     lease.check()
         pending.delete()
         dataclasses.replace(run, is_finished=True, report={"status": by_status, "reasons": by_reason}).write(out)
-    return Outcome(pending.num_rows, by_status, by_reason, out.url)
+    return EditRunResult(pending.num_rows, by_status, by_reason, out.url)
 
 
 def _read_source(config: EditConfig) -> tuple[Folder, list[dict[str, Any]]]:
@@ -248,6 +249,10 @@ class _Edit:
     """Edits a block and writes it; returns its figures."""
 
     def __init__(self, config: EditConfig, out: Folder) -> None:
+        from pipelines.stages.edit import (
+            EditImages,  # here, because it needs torch, which the driver and the tasks that fetch do without
+        )
+
         self._out, self._format = out, config.format
         self._edit = EditImages(
             config.bundle,
@@ -278,7 +283,7 @@ class _Edit:
 
 def _stream(config: EditConfig, out: Folder, images: Folder, pending: PendingRows) -> Iterator[dict[str, Any]]:
     """Runs the blocks; yields the figures of each when it is written."""
-    sources = FetchSources(images, column="image", schema=TRAVELLING_EDITS_SCHEMA)
+    sources = FetchSources(images, column="image", schema=EDIT_ROW_SCHEMA)
     written = pending.fetch(sources, num_cpus=_FETCH_CPUS).map_batches(
         _Edit, fn_constructor_args=(config, out), **config.edit.pool()
     )

@@ -26,20 +26,29 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mgie.bundles import open_bundle
-from mgie.checkpoint import Bundle
+from mgie.bundle.record import BundleRecord
+from mgie.bundle.resolve import locate_bundle
 from mgie.config import MAX_SEED, Sampler
+from mgie.data.ledger import images_root, list_parquet, to_table
 from mgie.errors import ConfigError, MGIEError
-from mgie.ledger import images_root, list_parquet, to_table
-from mgie.metrics import METRICS
-from mgie.perceptual import Network, NetworkName, find_network
-from pipelines.cluster import StageSize, cause_of, check_cluster, check_shared, start_ray
-from pipelines.evaluation_rows import Protocol, add_results, read_rows
-from pipelines.lease import hold_lease
-from pipelines.pending import PendingRows, run_blocks, write_pending
-from pipelines.scores_report import REPORT_HTML, ReportPlan, write_report
-from pipelines.scoring import EDITED, PLANNED_SCHEMA, SCORES_SCHEMA, FetchPictures, ScoreEdits, ScoringPlan
-from pipelines.storage import Folder, RunRecord, claim, fingerprint, open_folder, read_run
+from mgie.evaluation.metrics import METRICS, NetworkName
+from mgie.evaluation.network_files import Network, find_network
+from mgie.storage.folder import Folder, open_folder
+from pipelines.reports.evaluate import REPORT_HTML, ReportPlan, write_report
+from pipelines.runs.blocks import PendingRows, run_blocks, write_pending
+from pipelines.runs.cluster import StageSize, cause_of, check_cluster, check_shared, start_ray
+from pipelines.runs.lease import hold_lease
+from pipelines.runs.run_record import RunRecord, claim, fingerprint, read_run
+from pipelines.stages.score_rows import (
+    EDITED,
+    PLANNED_SCHEMA,
+    SCORES_SCHEMA,
+    FetchPictures,
+    Protocol,
+    ScoringPlan,
+    add_results,
+    read_rows,
+)
 
 RESULT_VERSION = 1  # another number when the same rows get other scores: old runs are not continued then
 _IMAGES = "images"
@@ -163,7 +172,7 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class EvaluateResult:
     """What a run did."""
 
     num_pending: int
@@ -174,7 +183,7 @@ class Outcome:
     out: str
 
 
-def evaluate(config: EvaluateConfig, *, console: Console | None = None) -> Outcome:
+def evaluate(config: EvaluateConfig, *, console: Console | None = None) -> EvaluateResult:
     """Runs the job to its end.
 
     Raises:
@@ -200,7 +209,7 @@ def evaluate(config: EvaluateConfig, *, console: Console | None = None) -> Outco
         raise ConfigError(f"by is {unknown[0]!r}; the rows have {', '.join(sorted(known))}", param="by")
     if config.results:
         rows = add_results(rows, results)
-    bundle = None if config.results else open_bundle(config.bundle)
+    bundle = None if config.results else locate_bundle(config.bundle)
     networks = {name: find_network(where) for name, where in config.networks.items()}
     plan = _scoring_plan(config, bundle, networks)
     about = {
@@ -234,7 +243,7 @@ def evaluate(config: EvaluateConfig, *, console: Console | None = None) -> Outco
         pending.delete()
         report = write_report(out, images, results, _latest(out), _report_plan(config, plan, about))
         dataclasses.replace(run, is_finished=True, report=report["rows"]).write(out)
-    return Outcome(pending.num_rows, report["rows"]["left_out"], report, out.url)
+    return EvaluateResult(pending.num_rows, report["rows"]["left_out"], report, out.url)
 
 
 def _who_edited(results: Folder) -> str:
@@ -243,7 +252,7 @@ def _who_edited(results: Folder) -> str:
 
 
 def _scoring_plan(
-    config: EvaluateConfig, bundle: Bundle | None, networks: Mapping[NetworkName, Network]
+    config: EvaluateConfig, bundle: BundleRecord | None, networks: Mapping[NetworkName, Network]
 ) -> ScoringPlan:
     """Raises ConfigError for bad settings, before anything starts."""
     settings = config.settings
@@ -313,6 +322,10 @@ class _Score:
     """Scores a block and writes it; returns its figures."""
 
     def __init__(self, plan: ScoringPlan, out: Folder) -> None:
+        from pipelines.stages.score import (
+            ScoreEdits,  # here, because it needs torch, which the driver and the tasks that fetch do without
+        )
+
         self._score, self._out = ScoreEdits(plan), out
 
     def __call__(self, table: pa.Table) -> pa.Table:

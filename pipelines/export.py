@@ -28,11 +28,12 @@ import tyro
 from rich.console import Console
 
 from mgie.config import check_range
+from mgie.data.ledger import LEDGER_SCHEMA, images_root, read_ledger
 from mgie.errors import ConfigError, DataError, MGIEError
-from mgie.images import DEFAULT_QUALITY, detect_format, read_image
-from mgie.ledger import LEDGER_SCHEMA, images_root, read_ledger
-from mgie.stores import is_absent
-from pipelines.storage import Folder, RunRecord, claim, fingerprint, open_folder
+from mgie.images.files import DEFAULT_QUALITY, detect_format, read_image
+from mgie.storage.folder import Folder, open_folder
+from mgie.storage.retry import is_absent
+from pipelines.runs.run_record import RunRecord, claim, fingerprint
 
 Format = Literal["huggingface", "mgie"]
 Split = Literal["all", "train", "val", "test"]

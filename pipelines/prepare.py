@@ -3,7 +3,7 @@
 
     raw folder -> shards -> [Ray: read, check, extract images, hash] -> staged rows -> duplicates -> manifest, rejected
 
-    <out>/manifest/part-00000.parquet ...   and images.json: where the images lie (`mgie.ledger`)
+    <out>/manifest/part-00000.parquet ...   and images.json: where the images lie (`mgie.data.ledger`)
     <out>/rejected/part-00000.parquet ...   rows left out, each with its reason
     <out>/images/<sha256>.<ext>             images that lay in containers, each once
     <out>/run.json                          what ran, on what, with what result
@@ -37,8 +37,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mgie.config import ImageLimits, check_range
-from mgie.errors import ConfigError, DataError, MGIEError
-from mgie.ledger import (
+from mgie.data.ledger import (
     MANIFEST_SCHEMA,
     REJECTED_SCHEMA,
     rejection,
@@ -47,12 +46,14 @@ from mgie.ledger import (
     to_table,
     write_images_root,
 )
-from pipelines.cluster import check_shared, start_ray
-from pipelines.duplicates import PAIR_BYTES, find_duplicates
-from pipelines.lease import hold_lease
+from mgie.errors import ConfigError, DataError, MGIEError
+from mgie.storage.folder import Folder, open_folder
 from pipelines.readers import Columns, Layout, Reader, Shard, make_reader
-from pipelines.rows import STAGED_SCHEMA, RowMaker
-from pipelines.storage import Folder, RunRecord, claim, fingerprint, open_folder
+from pipelines.readers.duplicates import PAIR_BYTES, find_duplicates
+from pipelines.readers.manifest_rows import STAGED_SCHEMA, RowMaker
+from pipelines.runs.cluster import check_shared, start_ray
+from pipelines.runs.lease import hold_lease
+from pipelines.runs.run_record import RunRecord, claim, fingerprint
 
 RESULT_VERSION = 1  # another number when the same input gives other rows: old runs are not continued then
 SAMPLE = "sample"
@@ -206,7 +207,7 @@ def _folders(config: PrepareConfig) -> tuple[Folder, Folder]:
         if source.is_local and not Path(source.path).is_dir():
             raise ConfigError(f"input is {config.input!r}; there is no such folder", param="input")
         return source, open_folder(config.out, endpoint=config.endpoint)
-    from mgie.tiny import cache_folder
+    from mgie.bundle.embedded import cache_folder
     from mgie.tiny.sample import write_sample
 
     raw = cache_folder() / "sample" / "ipr2pr"

@@ -39,9 +39,8 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mgie.bundles import open_bundle
-from mgie.errors import ConfigError, DataError, MGIEError
-from mgie.ledger import (
+from mgie.bundle.resolve import locate_bundle
+from mgie.data.ledger import (
     LEDGER_SCHEMA,
     MANIFEST_SCHEMA,
     images_root,
@@ -51,14 +50,18 @@ from mgie.ledger import (
     rejection_code,
     write_images_root,
 )
-from pipelines.cluster import StageSize, cause_of, check_cluster, check_shared, start_ray
-from pipelines.describe import BackendName, BundleDescriber, Describer, OpenAIDescriber, TransformersDescriber
-from pipelines.lease import hold_lease
-from pipelines.pending import PendingRows, run_blocks, write_pending
+from mgie.errors import ConfigError, DataError, MGIEError
+from mgie.storage.folder import Folder, open_folder
 from pipelines.prepare import PrepareConfig, prepare
-from pipelines.report import REPORT_HTML, RunTotals, ledger_counts, summarize_run, write_report
-from pipelines.stages import PRESETS, DescribeEdit, FetchSources, Preset, Summarize, Summarizer
-from pipelines.storage import Folder, RunRecord, claim, fingerprint, open_folder
+from pipelines.reports.summarize import REPORT_HTML, RunTotals, ledger_counts, summarize_run, write_report
+from pipelines.runs.blocks import PendingRows, run_blocks, write_pending
+from pipelines.runs.cluster import StageSize, cause_of, check_cluster, check_shared, start_ray
+from pipelines.runs.lease import hold_lease
+from pipelines.runs.run_record import RunRecord, claim, fingerprint
+from pipelines.stages.describe import DescribeEdit
+from pipelines.stages.describers import BackendName, Describer, OpenAIDescriber
+from pipelines.stages.fetch import FetchSources
+from pipelines.stages.summarize import PRESETS, Preset, Summarize, TextSummarizer
 
 PresetName = Literal["mgie_paper", "fast"]
 
@@ -126,7 +129,7 @@ class SummarizeConfig:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SummarizeResult:
     """What a run did."""
 
     num_pending: int
@@ -136,7 +139,7 @@ class Outcome:
     report: str
 
 
-def summarize(config: SummarizeConfig, *, console: Console | None = None) -> Outcome:
+def summarize(config: SummarizeConfig, *, console: Console | None = None) -> SummarizeResult:
     """Runs the job to its end.
 
     Raises:
@@ -181,7 +184,7 @@ def summarize(config: SummarizeConfig, *, console: Console | None = None) -> Out
             write_report(out, images, report)
             dataclasses.replace(run, is_finished=True, report=report).write(out)
         write_images_root(out.filesystem, out.path, images.url)
-    return Outcome(pending.num_rows, totals.rows, seconds, out.url, f"{out.url}/{REPORT_HTML}")
+    return SummarizeResult(pending.num_rows, totals.rows, seconds, out.url, f"{out.url}/{REPORT_HTML}")
 
 
 def _open_manifest(config: SummarizeConfig, out: Folder) -> Folder:
@@ -199,7 +202,7 @@ def _run_record(config: SummarizeConfig, manifest: Folder) -> RunRecord:
         "describe_revision": config.describe_revision or _identity(config.describe_model, config.backend),
         "base_url": config.base_url,
         "summarize_model": config.summarize_model,
-        "summarize_revision": open_bundle(config.summarize_model).identity,
+        "summarize_revision": locate_bundle(config.summarize_model).identity,
         "preset": config.preset,
         "describe_max_new_tokens": _preset(config).describe_max_new_tokens,
         "dtype": config.dtype,
@@ -210,7 +213,7 @@ def _run_record(config: SummarizeConfig, manifest: Folder) -> RunRecord:
 
 
 def _identity(model: str, backend: BackendName) -> str | None:
-    return open_bundle(model).identity if backend == "bundle" else None
+    return locate_bundle(model).identity if backend == "bundle" else None
 
 
 def _hash_ids(manifest: Folder) -> str:
@@ -312,7 +315,9 @@ class _SummarizeAndCommit(Summarize):
     keeps for a killed job (for minutes), while describing actors wait for the budget.
     """
 
-    def __init__(self, make_summarizer: Callable[[], Summarizer], *, batch_size: int, out: Folder, budget: Any) -> None:
+    def __init__(
+        self, make_summarizer: Callable[[], TextSummarizer], *, batch_size: int, out: Folder, budget: Any
+    ) -> None:
         super().__init__(make_summarizer, batch_size=batch_size)
         self._out, self._budget = out, budget
 
@@ -330,6 +335,9 @@ def _preset(config: SummarizeConfig) -> Preset:
 
 def make_describer(config: SummarizeConfig) -> Describer:
     """The backend that the configuration names."""
+    # Here, because it needs torch: the driver and the tasks that fetch and commit do without.
+    from pipelines.stages.local_describers import BundleDescriber, TransformersDescriber
+
     preset = _preset(config)
     if config.backend == "bundle":
         return BundleDescriber(
@@ -355,9 +363,11 @@ def make_describer(config: SummarizeConfig) -> Describer:
     )
 
 
-def make_summarizer(config: SummarizeConfig) -> Summarizer:
+def make_summarizer(config: SummarizeConfig) -> TextSummarizer:
     """The model that makes descriptions concise."""
     dtype = "auto" if config.dtype == "float16" else config.dtype  # T5 overflows in float16; auto never chooses it
+    from pipelines.stages.summarizer import Summarizer  # here, as above
+
     return Summarizer(config.summarize_model, _preset(config), device=config.device, dtype=dtype)
 
 
@@ -368,7 +378,7 @@ def stream(
     pending: PendingRows,
     *,
     describer: Callable[[SummarizeConfig], Describer] = make_describer,
-    summarizer: Callable[[SummarizeConfig], Summarizer] = make_summarizer,
+    summarizer: Callable[[SummarizeConfig], TextSummarizer] = make_summarizer,
 ) -> Iterator[dict[str, Any]]:
     """Streams the planned blocks through the stages; gives the figures of each block when it is written.
 

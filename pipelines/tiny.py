@@ -4,7 +4,7 @@
     world -> pictures and words -> VAE, CLIP -> LLaVA -> Flan-T5 -> InstructPix2Pix
           -> labels (pipelines/summarize.py by those very models) -> MGIE end to end (pipelines/train.py)
 
-Each stage is a command, which is shown (`pipelines/recipe.py`). The same command goes on where it was stopped, and after
+Each stage is a command, which is shown (`pipelines/runs/recipe.py`). The same command goes on where it was stopped, and after
 a change makes again what the change concerns. Seeds are fixed. On two cores it takes about three hours;
 `--share 0.1` runs a tenth of the samples and steps, for a trial; with a GPU's budget, `--gpu --share 4` four times as many.
 """
@@ -18,17 +18,17 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
+from mgie.bundle.shipped import SHIPPED
 from mgie.errors import ConfigError, MGIEError
-from mgie.pretraining.__main__ import num_samples
-from mgie.tiny.shipped import SHIPPED
-from pipelines.recipe import Stage, make
+from mgie.tiny.pretraining.__main__ import num_samples
+from pipelines.runs.recipe import Stage, make
 
-_LEARN = ("-m", "mgie.pretraining")
+_LEARN = ("-m", "mgie.tiny.pretraining")
 _EXPORT = ("-c", "from mgie.cli import main; main()", "export")
 _WORLD = ("mgie/tiny/world",)
 # The bundles' records, which hold a digest of each file.
-_SHIPPED = tuple(f"mgie/tiny/shipped/{name}/bundle.json" for name in SHIPPED)
-_LOOP = ("mgie/pretraining/loop.py", "mgie/pretraining/corpus.py")
+_SHIPPED = tuple(f"mgie/bundle/shipped/{name}/bundle.json" for name in SHIPPED)
+_LOOP = ("mgie/tiny/pretraining/loop.py", "mgie/tiny/pretraining/corpus.py")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,11 +125,11 @@ def scoring(bundle: str, *more: str) -> Stage:
 STAGES: Mapping[str, Stage] = {
     "corpus": _learn("corpus", code=_WORLD),
     "raw": _learn("raw", code=_WORLD),
-    "vae": _learn("vae", "corpus", code=(*_LOOP, "mgie/pretraining/vae.py")),
-    "clip": _learn("clip", "corpus", code=(*_LOOP, "mgie/pretraining/clip.py", "mgie/pretraining/words.py")),
-    "llava": _learn("llava", "corpus", "clip", code=(*_LOOP, "mgie/pretraining/llava.py")),
-    "summarizer": _learn("summarizer", "corpus", code=(*_LOOP, "mgie/pretraining/summarizer.py")),
-    "ip2p-start": _learn("ip2p-start", "clip", "vae", code=("mgie/pretraining/editor.py",)),
+    "vae": _learn("vae", "corpus", code=(*_LOOP, "mgie/tiny/pretraining/vae.py")),
+    "clip": _learn("clip", "corpus", code=(*_LOOP, "mgie/tiny/pretraining/clip.py", "mgie/tiny/pretraining/tokenizers.py")),
+    "llava": _learn("llava", "corpus", "clip", code=(*_LOOP, "mgie/tiny/pretraining/llava.py")),
+    "summarizer": _learn("summarizer", "corpus", code=(*_LOOP, "mgie/tiny/pretraining/summarizer.py")),
+    "ip2p-start": _learn("ip2p-start", "clip", "vae", code=("mgie/tiny/pretraining/bundles.py",)),
     "manifest": Stage(arguments=(*_PREPARE, "--input", "{raw}", "--out", "{out}/run"), needs=("raw",)),
     "cache": Stage(
         arguments=("pipelines/cache.py", "--ledger", "{manifest}/run/manifest", "--bundle", "{ip2p-start}/bundle",
@@ -149,7 +149,7 @@ STAGES: Mapping[str, Stage] = {
         arguments=(*_LEARN, "--stage", "mgie-start", "--out", "{out}", "--llava", "{llava}", "--vae", "{vae}",
                    "--ip2p", "{ip2p-bundle}/bundle", "--corpus", "{corpus}", "--share", "{share}"),
         needs=("llava", "vae", "ip2p-bundle", "corpus"),
-        code=(*_LOOP, "mgie/pretraining/editor.py", "mgie/pretraining/head.py"),
+        code=(*_LOOP, "mgie/tiny/pretraining/bundles.py", "mgie/tiny/pretraining/edit_head.py"),
     ),
     "mgie": training(
         "e2e", "mgie-start", "{5000*share}", "--training.micro-batch", "16", "--training.optimizer.lr-unet", "5e-4",
@@ -160,7 +160,7 @@ STAGES: Mapping[str, Stage] = {
         arguments=(*_LEARN, "--stage", "pack", "--out", "{out}", "--mgie", "{mgie-bundle}/bundle", "--llava", "{llava}",
                    "--summarizer", "{summarizer}"),
         needs=("mgie-bundle", "llava", "summarizer"),
-        code=("mgie/tiny/shipped.py",),
+        code=("mgie/bundle/shipped.py",),
     ),
     **held_out("{1000*share}"),
     "scores": scoring("mgie-bundle"),
@@ -201,7 +201,7 @@ def main(config: TinyConfig) -> int:
         console.print(f"error: {error}", style="red", soft_wrap=True)
         return 1
     console.print(
-        f"to ship (mgie/tiny/shipped): {places['packed'] / 'shipped'}\nscores: {places['scores'] / 'scores'}",
+        f"to ship (mgie/bundle/shipped): {places['packed'] / 'shipped'}\nscores: {places['scores'] / 'scores'}",
         soft_wrap=True,
     )
     return 0

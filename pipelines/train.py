@@ -25,25 +25,25 @@ from typing import Any
 import ray
 import ray.exceptions
 import tyro
-from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mgie.bundles import open_bundle
-from mgie.checkpoint import Bundle
+from mgie.bundle.bundle import Bundle, open_bundle
 from mgie.config import TrainingConfig
 from mgie.errors import ConfigError, MGIEError
-from mgie.training import check_variant, open_caches, training_side_px
-from pipelines.checkpoints import CHECKPOINTS, repair_checkpoints
-from pipelines.cluster import StageSize, cause_of, check_cluster, check_shared, start_ray
-from pipelines.lease import Hold, hold_lease
-from pipelines.storage import Folder, RunRecord, claim, fingerprint, open_folder
-from pipelines.tracking import RunMetrics, read_last, read_metrics
-from pipelines.training_plot import plot_run
-from pipelines.training_rows import FrozenRows, freeze_rows, open_rows
-from pipelines.training_worker import SCORE, KeepBy, TrainingJob, cache_kinds, train_worker
+from mgie.storage.folder import Folder, open_folder
+from mgie.training.variants import check_variant, open_caches, training_side_px
+from pipelines.reports.train import plot_run
+from pipelines.runs.cluster import StageSize, cause_of, check_cluster, check_shared, start_ray
+from pipelines.runs.lease import HeldLease, hold_lease
+from pipelines.runs.run_record import RunRecord, claim, fingerprint
+from pipelines.training.checkpoints import CHECKPOINTS, repair_checkpoints
+from pipelines.training.rows import FrozenRows, freeze_rows, open_rows
+from pipelines.training.tracking import RunMetrics, read_last, read_metrics
+from pipelines.training.worker import SCORE, KeepBy, TrainingJob, cache_kinds, train_worker
 
 METRICS_FILE, PLOT_FILE = "metrics.jsonl", "summary.svg"
 _LOCAL_POLL_S, _STORE_POLL_S = 0.5, 5.0
@@ -115,7 +115,7 @@ class TrainConfig:
     log_every_s: float = 5.0
     "numbers become visible after so many seconds"
     tracker: str = "tensorboard"
-    "beside the files: tensorboard, none, or module:callable that makes a pipelines.tracking.Tracker"
+    "beside the files: tensorboard, none, or module:callable that makes a pipelines.training.tracking.Tracker"
     loader_threads: int = 2
     "of each worker, that read and prepare batches ahead; more for images in a store"
     max_failures: int = 3
@@ -152,7 +152,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainResult:
     """What became of a run."""
 
     was_finished: bool
@@ -161,7 +161,7 @@ class Outcome:
     out: str
 
 
-def train(config: TrainConfig, *, console: Console | None = None) -> Outcome:
+def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult:
     """Runs the job to its end.
 
     Raises:
@@ -180,7 +180,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> Outcome:
     out, *ledgers = (open_folder(url, endpoint=config.endpoint) for url in (config.out, *config.ledger))
     run = _run_record(config, ledgers, bundle)
     if (found := claim(out, run)).is_finished:
-        return Outcome(True, found.report or {}, out.url)
+        return TrainResult(True, found.report or {}, out.url)
     with hold_lease(out) as lease:
         rows = freeze_rows(
             out,
@@ -207,7 +207,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> Outcome:
         num_failures = _fit_patiently(config, job, lease, console)
         report = _finish(job, seconds=time.monotonic() - started, num_failures=num_failures)
         dataclasses.replace(run, is_finished=True, report=report).write(out)
-    return Outcome(False, report, out.url)
+    return TrainResult(False, report, out.url)
 
 
 def _absolute(bundle: str) -> str:
@@ -271,7 +271,7 @@ def _check_cache(job: TrainingJob, bundle: Bundle) -> None:
 # ---- fitting
 
 
-def _fit_patiently(config: TrainConfig, job: TrainingJob, lease: Hold, console: Console) -> int:
+def _fit_patiently(config: TrainConfig, job: TrainingJob, lease: HeldLease, console: Console) -> int:
     """Trains to the end, again and again where workers or the controller die; returns how often they did.
 
     Ray Train could replace workers by itself, but would also try again what can only fail again.
@@ -303,7 +303,7 @@ def _fit_patiently(config: TrainConfig, job: TrainingJob, lease: Hold, console: 
             return num_failures
 
 
-def _fit(config: TrainConfig, job: TrainingJob, lease: Hold, console: Console) -> None:
+def _fit(config: TrainConfig, job: TrainingJob, lease: HeldLease, console: Console) -> None:
     size = config.workers
     trainer = TorchTrainer(
         functools.partial(train_worker, job),

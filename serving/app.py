@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from ray import serve
@@ -20,30 +20,33 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from mgie.checkpoint import required_parts
+from mgie.bundle.embedded import cache_folder
+from mgie.bundle.record import required_parts
+from mgie.bundle.resolve import locate_bundles
 from mgie.config import DIFFUSION_PARTS
 from mgie.errors import ConfigError
-from mgie.tiny import cache_folder
 from serving.access.keys import VARIABLE as KEYS_VARIABLE
 from serving.access.keys import KeyRing
+from serving.api.routes import build_api
 from serving.args import ServingArgs
-from serving.artifacts import ArtifactStore
-from serving.backend import EditBackend
-from serving.cancels import CancelBoard
-from serving.diffusion_stage import DiffusionStage
-from serving.handles import HandleBackend, HandleBoard
-from serving.ingress import build_api
+from serving.edits.backend import EditBackend
+from serving.edits.cancellation import CancelBoard
+from serving.edits.results import ResultStore
+from serving.edits.safety import CheckedBackend, load_check
 from serving.jobs.runner import JobSettings
 from serving.jobs.store import JobStore
 from serving.jobs.webhooks import WebhookSettings, webhook_settings
-from serving.kept import KeptResults
-from serving.logs import configure_logs
-from serving.metrics import Metric
-from serving.mllm_stage import MLLMStage
-from serving.safety import CheckedBackend, load_check
-from serving.scaling import WorkPolicy
-from serving.spans import open_spans
-from serving.stage import Watch, open_bundles
+from serving.ray_backend import HandleBackend, HandleBoard
+from serving.stages.autoscaling import WorkPolicy
+from serving.stages.health import Monitoring
+from serving.storage.artifacts import ArtifactStore
+from serving.telemetry.logs import configure_logs
+from serving.telemetry.metrics import Metric
+from serving.telemetry.tracing import open_spans
+
+if TYPE_CHECKING:
+    from serving.stages.diffusion import DiffusionStage
+    from serving.stages.mllm import MLLMStage
 
 MAX_OPEN_REQUESTS = 1000  # of one ingress replica, which only waits
 DRAIN_SLACK_S = 10.0  # between the deadline of an edit and the moment at which a draining replica is stopped
@@ -83,8 +86,8 @@ class Ingress:
     def __init__(
         self,
         args: ServingArgs,
-        mllm: DeploymentHandle[MLLMStage],
-        diffusion: DeploymentHandle[DiffusionStage],
+        mllm: "DeploymentHandle[MLLMStage]",
+        diffusion: "DeploymentHandle[DiffusionStage]",
         board: DeploymentHandle[CancelBoard],
     ) -> None:
         configure_logs(logging.getLogger(SERVE_LOGGER), shows_words=args.log_prompts)
@@ -115,7 +118,7 @@ class Ingress:
             self._backend,
             timeout_s=self._args.timeout_s,
             limits=self._args.limits,
-            kept=KeptResults(self._store, keeps_all=self._args.keep_results),
+            kept=ResultStore(self._store, keeps_all=self._args.keep_results),
             jobs=JobStore(self._store, limits=self._args.limits),
             job_settings=self._job_settings,
             board=self._board,
@@ -138,8 +141,12 @@ def app(args: ServingArgs) -> serve.Application:
         ConfigError: The safety check cannot be imported, a bundle takes more than `max_steps` where an edit gives
             none, or the keys, a webhook host or the webhook secret is wrong.
     """
+    # Here, because they need torch: this file is imported by the ingress and the board, which pass on words and bytes.
+    from serving.stages.diffusion import DiffusionStage
+    from serving.stages.mllm import MLLMStage
+
     # Here already, so that a wrong name fails at once and an embedded bundle is built before replicas race for it.
-    for bundle in open_bundles(args.bundle, args.bundles).values():
+    for bundle in locate_bundles(args.bundle, *args.bundles).values():
         bundle.config.require((*required_parts(bundle.config), *DIFFUSION_PARTS))
         steps = bundle.config.defaults.steps
         if steps > args.max_steps:
@@ -164,7 +171,7 @@ def app(args: ServingArgs) -> serve.Application:
 
     logging_config = LoggingConfig(encoding=args.log_format.upper())
 
-    def stage(kind: type[MLLMStage | DiffusionStage], name: str, **settings: Any) -> serve.Application:
+    def stage(kind: "type[MLLMStage | DiffusionStage]", name: str, **settings: Any) -> serve.Application:
         def given(setting: str) -> Any:
             return getattr(args, f"{name}_{setting}")
 
@@ -198,10 +205,10 @@ def app(args: ServingArgs) -> serve.Application:
             num_threads=given("num_threads"),
             # The ingress has counted the bytes of uploads, and results that were kept are larger than photos are.
             limits=replace(args.limits, max_bytes=sys.maxsize),
-            watch=Watch(
+            monitoring=Monitoring(
                 meter=RayMeter(),
-                trial_period_s=args.health_trial_period_s,
-                trial_timeout_s=args.health_trial_timeout_s,
+                probe_period_s=args.health_trial_period_s,
+                probe_timeout_s=args.health_trial_timeout_s,
                 tracing=args.tracing,
             ),
             **settings,

@@ -4,12 +4,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from mgie.config import MAX_INSTRUCTION_CHARS, MAX_STEPS, ImageLimits
-from mgie.engine import MAX_IMAGES as MAX_RESULTS
+from mgie.config import MAX_INSTRUCTION_CHARS, MAX_RESULTS, MAX_STEPS, ImageLimits
+from mgie.inference.condition_cache import DEFAULT_CACHE_BYTES
 from serving.access.limits import EditLimits
-from serving.artifacts import MIN_TTL_S
-from serving.editing import BATCH_PATIENCE_S
-from serving.mllm_stage import DEFAULT_CACHE_BYTES
+from serving.edits.service import BATCH_PATIENCE_S
+from serving.storage.artifacts import MIN_TTL_S
 
 
 class ServingArgs(BaseModel):
@@ -96,7 +95,7 @@ class ServingArgs(BaseModel):
     mllm_resource: str | None = Field(None, description="Custom resource of the nodes that may run the MLLM stage")
     mllm_max_batch_size: int = Field(8, ge=1, description="Largest MLLM batch")
     mllm_cache_bytes: int = Field(
-        DEFAULT_CACHE_BYTES, ge=0, description="Memory of one MLLM replica for guidance that may be asked for again"
+        DEFAULT_CACHE_BYTES, ge=0, description="Memory of one MLLM replica for conditions that may be asked for again"
     )
     mllm_min_replicas: int = Field(1, ge=0, description="Fewest MLLM replicas")
     mllm_max_replicas: int = Field(2, ge=1, description="Most MLLM replicas")

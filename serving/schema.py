@@ -4,8 +4,7 @@ The form model is the only place where a parameter's type, range and default sta
 and the error messages are derived from it. Knows nothing of routes, stages or Ray.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
@@ -13,50 +12,14 @@ from pydantic.functional_validators import AfterValidator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from mgie.config import MAX_GUIDANCE_SCALE, MAX_INSTRUCTION_CHARS, MAX_SEED, MAX_STEPS, Sampler
-from mgie.editor import random_seed
-from mgie.engine import MAX_IMAGES as MAX_RESULTS
-from mgie.errors import MGIEError
-from mgie.images import OutputFormat
-from serving.spans import NO_TRACE, Trace
+from mgie.config import MAX_GUIDANCE_SCALE, MAX_INSTRUCTION_CHARS, MAX_RESULTS, MAX_SEED, MAX_STEPS, Sampler
+from mgie.images.files import OutputFormat
 
-MAX_IMAGES = 16  # what the OpenAI SDK may send in a list; one is used, more get an error that says so
+MAX_UPLOADS = 16  # what the OpenAI SDK may send in a list; one is used, more get an error that says so
 MAX_FIELDS = 64
 MAX_FIELD_BYTES = 4 * MAX_INSTRUCTION_CHARS + 65_536  # a too long prompt still gets the error that names it
 FORM_OVERHEAD_BYTES = 1_048_576  # what a form may hold besides its image
 MIN_SIDE_PX, MAX_SIDE_PX = 16, 4096  # of a result whose size is asked for
-
-MAX_SHOWN_CHARS = 80  # of a bad value in an error message
-
-
-class RequestError(MGIEError):
-    """The HTTP request asks for something that is not allowed (400).
-
-    Args:
-        message: One sentence: the parameter, the value got, the value allowed.
-        param: The parameter at fault.
-        code: Machine-readable reason.
-    """
-
-    def __init__(self, message: str, *, param: str | None = None, code: str = "invalid_value") -> None:
-        super().__init__(message, param=param)
-        self.code = code
-
-
-class UnknownModelError(RequestError):
-    """The model asked for is not served (404)."""
-
-
-class UnknownPreviousError(RequestError):
-    """There is no result of the edit that this one is to go on from (404)."""
-
-
-class MediaTypeError(RequestError):
-    """The body is neither multipart/form-data nor application/json (415)."""
-
-
-class BodyTooLargeError(RequestError):
-    """The body is larger than any edit needs (413)."""
 
 
 @dataclass(frozen=True)
@@ -165,88 +128,6 @@ class EditForm(BaseModel):
 Priority = Literal["interactive", "batch"]  # in the stages' lines
 
 FILES = ("image", "mask")
-PRIVATE_FIELDS = ("prompt", "expressive", "user")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EditCall:
-    """One edit as the stages need it."""
-
-    model: str | None
-    "name of the bundle; None = the default"
-    image: bytes
-    "encoded photo"
-    instruction: str
-    expressive: str | None
-    overrides: Mapping[str, Any]
-    "sampling settings that differ from the bundle's defaults, by field name of EditSettings"
-    seed: int
-    "of the first result; result i has seed + i"
-    n: int
-    mask: bytes | None
-    deterministic: bool
-    num_partials: int
-    output_format: OutputFormat
-    output_quality: int | None
-    "0 to 100 for jpeg and webp; None for the default"
-    output_wh: tuple[int, int] | None = None
-    "size that the results are scaled to; None = the photo's"
-    keeps_lossless: bool = False
-    "make the results as PNG, too, and keep them"
-    patience_s: float = 0.0
-    "in each line it lets those pass that come so much later, and nobody after them"
-    deadline: float
-    "when to give up, by time.monotonic() of this process"
-    trace: Trace = field(default_factory=dict)
-    "to which the edit belongs"
-
-
-def edit_call(
-    form: EditForm,
-    *,
-    model: str | None,
-    image: bytes,
-    output_wh: tuple[int, int] | None = None,
-    keeps_lossless: bool = False,
-    patience_s: float = 0.0,
-    deadline: float,
-    trace: Trace = NO_TRACE,
-) -> EditCall:
-    """What the stages get of a form; draws the seed if none is given."""
-    names = ("sampler", "steps", "guidance_scale", "image_guidance_scale", "square_crop", "detail_transfer")
-    given = {name: getattr(form, name) for name in names}
-    return EditCall(
-        model=model,
-        image=image,
-        instruction=form.prompt,
-        expressive=form.expressive,
-        overrides={name: value for name, value in given.items() if value is not None},
-        seed=random_seed() if form.seed is None else form.seed,
-        n=form.n,
-        mask=form.mask,
-        deterministic=form.deterministic,
-        num_partials=form.partial_images,
-        output_format=form.output_format,
-        output_quality=form.output_compression,
-        output_wh=output_wh,
-        keeps_lossless=keeps_lossless,
-        patience_s=patience_s,
-        deadline=deadline,
-        trace=trace,
-    )
-
-
-def shown_field(name: str, value: object) -> str:
-    """A field's value as an error message shows it: the words of people are not, for messages end in many logs."""
-    if name not in PRIVATE_FIELDS:
-        return shown(value)
-    return f"text of {len(value)} characters" if isinstance(value, str) else f"of type {type(value).__name__}"
-
-
-def shown(value: object) -> str:
-    """A value as an error message shows it, cut to a readable length."""
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}... ({len(str(value))} characters)"
 
 
 def form_schema() -> dict[str, Any]:
@@ -313,7 +194,7 @@ class BatchPlace(BaseModel):
     """The MLLM batch that an edit ran in."""
 
     replica: str = Field(description="Random name of the replica.")
-    cached: bool = Field(description="The guidance of an equal edit was used; there was no batch.")
+    cached: bool = Field(description="The condition of an equal edit was used; there was no batch.")
     batch: int | None = Field(description="Number of the batch in that replica.")
     size: int = Field(description="Edits in the batch.")
     retries: int = Field(description="Times that the stage call was repeated because a replica died.")

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import venv
 import zipfile
 from importlib import metadata
 from itertools import chain
@@ -29,14 +30,14 @@ def _lock() -> dict[str, Requirement]:
 
 def _direct() -> list[Requirement]:
     extras = PROJECT["optional-dependencies"].values()
-    return [Requirement(line) for line in (*PROJECT["dependencies"], *chain(*extras))]
+    lines = (*PROJECT["dependencies"], *chain(*extras))
+    return [Requirement(line) for line in lines if not line.startswith("mgie[")]  # `all` names the others
 
 
-def _all_needed() -> set[str]:
-    """Names of everything that the project, with all extras, needs on this machine; read off installed metadata."""
+def _closure(todo: list[Requirement]) -> set[str]:
+    """Names of everything that requirements need on this machine; read off installed metadata."""
     needed: set[str] = set()
     seen: set[tuple[str, frozenset[str]]] = set()
-    todo = _direct()
     while todo:
         requirement = todo.pop()
         name = canonicalize_name(requirement.name)
@@ -49,6 +50,11 @@ def _all_needed() -> set[str]:
             if inner.marker is None or any(inner.marker.evaluate({"extra": extra}) for extra in extras):
                 todo.append(inner)
     return needed
+
+
+def _all_needed() -> set[str]:
+    """What the project needs with all extras."""
+    return _closure(_direct())
 
 
 def test_the_lock_pins_everything_that_the_project_needs() -> None:
@@ -136,12 +142,46 @@ def test_the_wheel_holds_the_packages_and_their_data(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         entry_points = archive.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
-    data = [path for pattern in ("*/py.typed", "serving/page/*", "mgie/tiny/*.txt") for path in ROOT.glob(pattern)]
+    data = [path for pattern in ("*/py.typed", "serving/page/*", "mgie/bundle/*.txt") for path in ROOT.glob(pattern)]
     code = [path for package in ("mgie", "pipelines", "serving") for path in (ROOT / package).rglob("*.py")]
     assert {str(path.relative_to(ROOT)) for path in [*data, *code]} <= names
     assert "mgie = mgie.cli:main" in entry_points
     assert any(name.endswith("licenses/NOTICE") for name in names)
     assert not [name for name in names if name.startswith("tests")]
+
+
+WITHOUT_EXTRAS = """
+import sys
+from mgie import Editor
+from PIL import Image
+result = Editor.load("random", device="cpu").edit(Image.new("RGB", (64, 48), "teal"), "make it night", seed=1, steps=1)
+assert result.image.size == (64, 48)
+for absent in ("ray", "fastapi", "starlette", "tensorboard"):
+    assert absent not in sys.modules, absent
+    try:
+        __import__(absent)
+    except ModuleNotFoundError:
+        continue
+    raise AssertionError(f"{absent} can be imported")
+print("edited")
+"""
+
+
+@pytest.mark.slow
+def test_an_environment_without_extras_has_no_ray_and_edits(tmp_path: Path) -> None:
+    """What `pip install .` brings: a real virtual environment, in which only what the project asks for is linked."""
+    venv.create(tmp_path / "venv", symlinks=True)
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    for name in _closure([Requirement(line) for line in PROJECT["dependencies"]]):
+        distribution = metadata.distribution(name)
+        for top in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(distribution.locate_file(top))
+    (site / "mgie").symlink_to(ROOT / "mgie")
+    command = [str(tmp_path / "venv" / "bin" / "python"), "-I", "-c", WITHOUT_EXTRAS]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "edited"), done.stderr
 
 
 def _make_setup(tmp_path: Path, python: str) -> "subprocess.CompletedProcess[str]":

@@ -5,6 +5,7 @@ ipr2pr.py        InstructPix2Pix as folders          hub.py           parquet of
 annotations.py   GIER, MA5k-Req, EVR, MagicBrush's test folder
 mgie_tsv.py      MGIE's own TSV, JSON and pickle     plain_pickle.py  pickles without unpickling
 own.py           yours: parquet, JSON Lines, WebDataset
+manifest_rows.py a raw edit -> a checked row         duplicates.py    exact and near duplicates
 """
 
 from typing import Literal

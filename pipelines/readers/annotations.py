@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from mgie.errors import DataError
+from mgie.storage.folder import Folder
 from pipelines.readers.base import (
     ROWS_PER_SHARD,
     BadRow,
@@ -31,7 +32,6 @@ from pipelines.readers.base import (
     text_or_none,
     texts,
 )
-from pipelines.storage import Folder
 
 
 class _ListReader:

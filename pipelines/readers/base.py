@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from mgie.data.ledger import Direction, RejectionCode
 from mgie.errors import DataError
-from mgie.ledger import Direction, RejectionCode
-from mgie.stores import is_absent
-from pipelines.storage import Folder
+from mgie.storage.folder import Folder
+from mgie.storage.retry import is_absent
 
 ROWS_PER_SHARD = 1000
 

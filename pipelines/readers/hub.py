@@ -9,6 +9,7 @@ HQEditReader            UCSC-VLAA/HQ-Edit: each row is two edits, forward and in
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+from mgie.storage.folder import Folder
 from pipelines.readers.base import (
     BadRow,
     RawEdit,
@@ -22,7 +23,6 @@ from pipelines.readers.base import (
     whole_or_none,
 )
 from pipelines.readers.tables import hub_split, parquet_rows, parquet_schema, parquet_shards
-from pipelines.storage import Folder
 
 Provenance = dict[str, Any]
 

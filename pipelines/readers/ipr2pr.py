@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mgie.errors import DataError
-from mgie.stores import is_absent
+from mgie.storage.folder import Folder
+from mgie.storage.retry import is_absent
 from pipelines.readers.base import (
     BadRow,
     RawEdit,
@@ -28,7 +29,6 @@ from pipelines.readers.base import (
     text,
     text_or_none,
 )
-from pipelines.storage import Folder
 
 FOLDERS_PER_SHARD = 250  # about four seeds each
 _IMAGE = re.compile(r"(.+)_[01]\.jpg")

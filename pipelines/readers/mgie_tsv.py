@@ -16,10 +16,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mgie.errors import DataError
+from mgie.storage.folder import Folder
 from pipelines.readers.base import BadRow, RawEdit, Shard, as_record, guarded, kept, ranges, read_json, text
 from pipelines.readers.plain_pickle import read_plain_pickle
 from pipelines.readers.tables import line_starts
-from pipelines.storage import Folder
 
 _Item = tuple[int | None, dict[str, Any]]
 "Byte where the line begins, if there is one, and the record."

@@ -14,7 +14,8 @@ from typing import Any
 import pyarrow as pa
 
 from mgie.errors import DataError
-from mgie.stores import is_store_fault
+from mgie.storage.folder import Folder
+from mgie.storage.retry import is_store_fault
 from pipelines.readers.base import (
     BadRow,
     ImageRef,
@@ -31,7 +32,6 @@ from pipelines.readers.base import (
     whole_or_none,
 )
 from pipelines.readers.tables import jsonl_rows, jsonl_shards, parquet_rows, parquet_schema, parquet_shards
-from pipelines.storage import Folder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mgie.errors import DataError
-from mgie.stores import is_absent, is_store_fault
+from mgie.storage.folder import Folder
+from mgie.storage.retry import is_absent, is_store_fault
 from pipelines.readers.base import ROWS_PER_SHARD, BadRow, Shard, as_record, split_name
-from pipelines.storage import Folder
 
 _BATCH_ROWS = 16  # a row may hold three images of a few megabytes each
 _BUFFER_BYTES = 1 << 20

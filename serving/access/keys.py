@@ -16,12 +16,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
-from mgie.errors import ConfigError, MGIEError
+from mgie.errors import ConfigError
 from serving.access.limits import Allowance, KeyLimits
+from serving.errors import UnknownKeyError
 from serving.schema import Priority
 
 logger = logging.getLogger("serving.access.keys")
@@ -31,19 +32,6 @@ WATCH_EVERY_S = 3.0
 VARIABLE = "MGIE_API_KEYS"  # environment variable with the same text as the file
 
 Limit = Annotated[int, Field(strict=True, ge=1)] | None
-
-
-class UnknownKeyError(MGIEError):
-    """A request has no key that is valid (401).
-
-    Args:
-        message: As for every error.
-        code: What is wrong with it.
-    """
-
-    def __init__(self, message: str, *, code: Literal["missing_api_key", "invalid_api_key"]) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 class ApiKey(BaseModel):

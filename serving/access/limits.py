@@ -10,15 +10,12 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
-from mgie.config import MAX_INSTRUCTION_CHARS, MAX_STEPS
-from mgie.errors import DeadlineError, MGIEError
-from serving.cancels import CancelledEditError
-from serving.safety import ContentPolicyError
-from mgie.engine import MAX_IMAGES as MAX_RESULTS
-from serving.schema import EditForm, RequestError
-from serving.stage_calls import BundleInfo
+from mgie.config import MAX_INSTRUCTION_CHARS, MAX_RESULTS, MAX_STEPS
+from mgie.errors import DeadlineError
+from serving.errors import CancelledEditError, ContentPolicyError, LimitError, RequestError
+from serving.schema import EditForm
+from serving.stages.messages import BundleInfo
 
 MINUTE_S = 60.0
 RETRY_AFTER_S = 1.0  # when an edit of the key's will have ended cannot be told
@@ -26,26 +23,6 @@ RETRY_AFTER_S = 1.0  # when an edit of the key's will have ended cannot be told
 # After these an edit has used what it had been seen to do. After any other error it gets all back: it failed before its
 # first step, or through a fault of ours.
 _PAID_ERRORS = (asyncio.CancelledError, GeneratorExit, CancelledEditError, DeadlineError, ContentPolicyError)
-
-
-class LimitError(MGIEError):
-    """A key has used what it may (429).
-
-    Args:
-        message: As for every error.
-        code: Which limit.
-        retry_after_s: Seconds until there is enough again.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        code: Literal["rate_limited", "cost_limited", "too_many_concurrent"],
-        retry_after_s: float,
-    ) -> None:
-        super().__init__(message)
-        self.code, self.retry_after_s = code, retry_after_s
 
 
 @dataclass(frozen=True, kw_only=True)

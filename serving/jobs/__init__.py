@@ -6,5 +6,6 @@ runner.py      finds jobs, claims them by leases, runs them, commits their resul
 webhooks.py    one call of a webhook: which addresses may be called, signing, sending, what comes next
 deliveries.py  calling those of jobs that have ended
 view.py        a job as clients see it
-routes.py      the HTTP side
+
+The HTTP side is `serving/api/job_routes.py`.
 """

@@ -13,9 +13,9 @@ import httpx2
 
 from serving.jobs import webhooks
 from serving.jobs.record import JobRecord
-from serving.jobs.store import Job, JobStore, Place
+from serving.jobs.store import Job, JobStore, QueueEntry
 from serving.jobs.view import view_job
-from serving.metrics import WEBHOOKS, Meter
+from serving.telemetry.metrics import WEBHOOKS, Meter
 
 logger = logging.getLogger("serving.jobs")
 
@@ -39,7 +39,7 @@ class Deliverer:
         async with httpx2.AsyncClient(timeout=webhooks.SEND_TIMEOUT_S, trust_env=False) as self._client:
             yield
 
-    def claim(self, place: Place) -> Job | float | None:
+    def claim(self, place: QueueEntry) -> Job | float | None:
         """The job whose webhook is ours to call now; else when to look again, Unix time; None: it is settled. Blocks.
 
         Raises:
@@ -67,7 +67,7 @@ class Deliverer:
         self._jobs.remove(place)
         return None
 
-    async def deliver(self, job: Job, place: Place) -> None:
+    async def deliver(self, job: Job, place: QueueEntry) -> None:
         """One try of a job that was claimed.
 
         Raises:

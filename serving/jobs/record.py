@@ -8,8 +8,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter
 
-from mgie.errors import MGIEError
-from serving.schema import EditCall, Priority
+from serving.edits.call import EditCall
+from serving.schema import Priority
 
 CLOCK_SKEW_S = 2.0  # by which clocks of replicas may differ: a lease that ran out is left alone so much longer
 
@@ -18,22 +18,6 @@ Ending = Literal["done", "failed", "cancelled"]
 
 _CALL: TypeAdapter[EditCall] = TypeAdapter(EditCall)
 _NOT_STORED = {"image", "mask", "deadline"}  # artifacts of their own; a time of one process
-
-
-class JobMissingError(MGIEError):
-    """There is no job of the id given: never was, or not any more."""
-
-
-class JobEndedError(MGIEError):
-    """The job has ended, so that it cannot be cancelled."""
-
-
-class JobFailedError(MGIEError):
-    """The job failed too often through no fault of its own, or brought down what ran it."""
-
-
-class KeyReusedError(MGIEError):
-    """The idempotency key belongs to another request."""
 
 
 class _Record(BaseModel):
@@ -110,7 +94,7 @@ class JobRecord(_Record):
     result: dict[str, JsonValue] | None = None
     "the answer, with ids of artifacts in place of addresses or files"
     results: list[str] = []
-    "ids of the lossless results, if they are kept for `previous`; its name is known to KeptResults"
+    "ids of the lossless results, if they are kept for `previous`; its name is known to ResultStore"
     error: dict[str, JsonValue] | None = None
     "in the form of the API"
     webhook: Webhook | None = None

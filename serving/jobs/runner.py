@@ -19,21 +19,20 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
+from mgie.engine.handle import Stepped
 from mgie.errors import DeadlineError, EngineFullError
-from mgie.handle import Stepped
-from serving.backend import EditBackend, EditOutcome
-from serving.blobs import StoreError
-from serving.cancels import CancelledEditError
-from serving.editing import AcceptedEdit, DeliveredEdit, EditService, named_bundle
+from serving.edits.backend import EditBackend, EditOutcome
+from serving.edits.call import EditCall
+from serving.edits.results import ResultStore
+from serving.edits.service import AcceptedEdit, DeliveredEdit, EditService, named_bundle
+from serving.errors import CancelledEditError, JobFailedError, StoreError
 from serving.jobs.deliveries import Deliverer
-from serving.jobs.record import JobFailedError, JobRecord, Lease
-from serving.jobs.store import Job, JobStore, Place
+from serving.jobs.record import JobRecord, Lease
+from serving.jobs.store import Job, JobStore, QueueEntry
 from serving.jobs.webhooks import WebhookSettings
-from serving.kept import KeptResults
-from serving.metrics import JOB_RETRIES, JOB_SECONDS, JOBS, JOBS_LINED_UP, Meter, unmetered
-from serving.spans import NO_SPANS, Spans
-from serving.schema import EditCall
-from serving.stage_calls import BundleInfo, Derived
+from serving.stages.messages import BundleInfo, Derived
+from serving.telemetry.metrics import JOB_RETRIES, JOB_SECONDS, JOBS, JOBS_LINED_UP, Meter, unmetered
+from serving.telemetry.tracing import NO_SPANS, Spans
 
 HEARTBEATS_PER_LEASE = 4  # three may fail
 MAX_DELIVERIES = 8  # webhooks called at a time
@@ -67,7 +66,7 @@ class JobSettings:
     "None: no webhook is called, nor those of jobs that were accepted when it was otherwise"
 
 
-class Teller(Protocol):
+class ResultWording(Protocol):
     """How results and errors are told to clients."""
 
     def result(self, accepted: AcceptedEdit, delivered: DeliveredEdit) -> dict[str, Any]:
@@ -123,14 +122,14 @@ class JobRunner:
         service: EditService,
         *,
         settings: JobSettings,
-        teller: Teller,
+        wording: ResultWording,
         meter: Meter = unmetered,
         spans: Spans = NO_SPANS,
     ) -> None:
         self._jobs, self._backend, self._service = jobs, backend, service
-        self._settings, self._teller = settings, teller
+        self._settings, self._wording = settings, wording
         self._meter, self._spans = meter, spans
-        self._kept = KeptResults(jobs.artifacts)
+        self._kept = ResultStore(jobs.artifacts)
         self._deliverer = Deliverer(jobs, settings.webhooks, meter)
         self._wake = asyncio.Event()
         self._is_closing = False
@@ -171,7 +170,7 @@ class JobRunner:
 
     def position(self, job: Job) -> int:
         """Jobs before this one that have not ended, as last seen."""
-        return bisect_left(self._line, Place.of(job).name)
+        return bisect_left(self._line, QueueEntry.of(job).name)
 
     def estimated_end_s(self, job: Job) -> float | None:
         """Unix time, from the time that jobs took here of late; None: not known.
@@ -225,7 +224,7 @@ class JobRunner:
                 logger.warning("a job cannot be read: %s", error)
                 look_s[place.name] = now_s + TROUBLE_S
 
-    async def _visit(self, place: Place) -> float:
+    async def _visit(self, place: QueueEntry) -> float:
         """Does what is due at a place; returns when to come again."""
         lease = Lease(holder=secrets.token_hex(8), until_s=self._jobs.now_s() + self._settings.lease_s)
         job = await asyncio.to_thread(
@@ -252,7 +251,7 @@ class JobRunner:
         tasks[job_id] = asyncio.create_task(work)
         tasks[job_id].add_done_callback(ended)
 
-    def _claim(self, lease: Lease, place: Place) -> Job | float | None:
+    def _claim(self, lease: Lease, place: QueueEntry) -> Job | float | None:
         """The job, if it is ours to run now; else when to look again; None: it has ended, or could only be ended."""
         job = self._jobs.find(place.job_id)
         if job is None:
@@ -369,7 +368,7 @@ class JobRunner:
         kept_until = self._jobs.expires_s(hold.job) if accepted.call.keeps_lossless else None
         delivered = DeliveredEdit(outcome=outcome, urls=stored.files, kept_until=kept_until)
         return _Done(
-            result=self._teller.result(accepted, delivered),
+            result=self._wording.result(accepted, delivered),
             results=list(stored.lossless),
             files=sorted({*stored.files, *stored.lossless}),
         )
@@ -418,14 +417,14 @@ class JobRunner:
         return record.ended("done", now_s=self._jobs.now_s(), result=done.result, results=done.results)
 
     def _failed(self, job_id: str, record: JobRecord, error: Exception) -> JobRecord:
-        return record.ended("failed", now_s=self._jobs.now_s(), error=self._teller.error(error, job_id)[1])
+        return record.ended("failed", now_s=self._jobs.now_s(), error=self._wording.error(error, job_id)[1])
 
     def _cancelled(self, record: JobRecord) -> JobRecord:
         return record.ended("cancelled", now_s=self._jobs.now_s())
 
     def _after_error(self, job_id: str, error: Exception) -> Change:
         """Ends the job if the error is the user's, or for good; else it is tried again after a pause."""
-        status, told = self._teller.error(error, job_id)
+        status, told = self._wording.error(error, job_id)
         is_final = (status < 500 and status != 429) or isinstance(error, DeadlineError)
         failures = int(status == 500)  # a known outage is none of the job's doing
         least_s = error.retry_after_s if isinstance(error, EngineFullError) else 0.0

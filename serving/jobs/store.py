@@ -19,19 +19,14 @@ from typing import Self
 from pydantic import ValidationError
 
 from mgie.config import ImageLimits
-from mgie.images import Framing, detect_format, read_image, read_mask
-from mgie.masks import check_mask
-from serving.artifacts import Artifact, ArtifactMissingError, ArtifactStore, DamagedError, Document
-from serving.jobs.record import (
-    JobEndedError,
-    JobMissingError,
-    JobOrder,
-    JobRecord,
-    KeyReusedError,
-    Webhook,
-    stored_call,
-)
-from serving.schema import EditCall, EditForm, Priority
+from mgie.images.files import detect_format, read_image, read_mask
+from mgie.images.geometry import Framing
+from mgie.images.masks import check_mask
+from serving.edits.call import EditCall
+from serving.errors import ArtifactMissingError, DamagedError, JobEndedError, JobMissingError, KeyReusedError
+from serving.jobs.record import JobOrder, JobRecord, Webhook, stored_call
+from serving.schema import EditForm, Priority
+from serving.storage.artifacts import Artifact, ArtifactStore, Document
 
 HEAD_START_S = 600.0  # an interactive job goes before batch jobs that came so much earlier, not before older ones
 
@@ -67,7 +62,7 @@ class Job:
 
 
 @dataclass(frozen=True, order=True)
-class Place:
+class QueueEntry:
     """An entry of the line."""
 
     name: str
@@ -190,7 +185,7 @@ class JobStore:
     def _lined_up(self, job: Job) -> Job:
         """Makes sure that whoever looks for work finds the job."""
         if not job.record.has_ended:
-            self.artifacts.create("queue", Place.of(job).name, {})
+            self.artifacts.create("queue", QueueEntry.of(job).name, {})
         return job
 
     # ---- finding and changing
@@ -274,11 +269,11 @@ class JobStore:
 
     # ---- the line
 
-    def line(self) -> list[Place]:
+    def line(self) -> list[QueueEntry]:
         """All places, in the order in which jobs are to be run, then the deliveries."""
-        return [place for name in self.artifacts.names("queue") if (place := Place.parse(name)) is not None]
+        return [place for name in self.artifacts.names("queue") if (place := QueueEntry.parse(name)) is not None]
 
-    def remove(self, place: Place) -> None:
+    def remove(self, place: QueueEntry) -> None:
         """Takes an entry out of the line."""
         document = self.artifacts.find("queue", place.name)
         if document is not None:
@@ -289,7 +284,7 @@ class JobStore:
         self._delete_pictures(job.record)
         if job.record.webhook is not None and job.record.webhook.status == "pending":
             self.artifacts.create("queue", f"w-{job.id}", {})
-        self.remove(Place.of(job))
+        self.remove(QueueEntry.of(job))
 
     def _delete_pictures(self, record: JobRecord) -> None:
         self.delete_images([record.order.image, *([record.order.mask] if record.order.mask else [])])

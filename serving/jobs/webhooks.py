@@ -21,8 +21,8 @@ from urllib.parse import urlsplit
 import httpx2
 
 from mgie.errors import ConfigError
+from serving.errors import RequestError, quoted
 from serving.jobs.record import Webhook
-from serving.schema import RequestError, shown
 
 SECRET_VARIABLE = "MGIE_WEBHOOK_SECRET"  # noqa: S105  the name of one
 SEND_TIMEOUT_S = 10.0
@@ -70,7 +70,7 @@ def check_url(url: str, settings: WebhookSettings | None) -> None:
     """
 
     def refused(allowed: str) -> RequestError:
-        return RequestError(f"webhook_url is {shown(url)}; {allowed}", param="webhook_url", code="unsupported_value")
+        return RequestError(f"webhook_url is {quoted(url)}; {allowed}", param="webhook_url", code="unsupported_value")
 
     if settings is None:
         raise refused("this service calls no webhooks")

@@ -10,8 +10,8 @@ import re
 from numpy.random import Generator
 
 from mgie.tiny.world.edits import Edit
-from mgie.tiny.world.operations import OPERATIONS
 from mgie.tiny.world.nouns import caption, full_reference, listed, references
+from mgie.tiny.world.operations import OPERATIONS
 from mgie.tiny.world.scene import Scene, pick
 
 # Operation -> expressive instruction / what would be seen (two ways each) / keywords, alternatives by "|".

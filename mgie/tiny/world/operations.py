@@ -31,14 +31,7 @@ from mgie.tiny.world.edits import (
     weathered,
 )
 from mgie.tiny.world.filters import Filter, FilterName
-from mgie.tiny.world.nouns import (
-    NOUNS,
-    PLACES,
-    described,
-    plural,
-    references,
-    with_article,
-)
+from mgie.tiny.world.nouns import NOUNS, PLACES, described, plural, references, with_article
 from mgie.tiny.world.photos import sample_photo
 from mgie.tiny.world.scene import (
     COLORS,
@@ -61,7 +54,6 @@ from mgie.tiny.world.scene import (
     with_thing,
     without,
 )
-
 
 Family = Literal["modification", "optimization", "scene"]
 "modification: Photoshop-style; optimization: of the whole photo; scene: light, season, weather, local states"

@@ -20,10 +20,10 @@ from mgie.tiny.world.ambiguities import AMBIGUITIES, sample_ambiguous
 from mgie.tiny.world.answers import describe, express
 from mgie.tiny.world.draw import draw_scene
 from mgie.tiny.world.edits import Edit, Picture
-from mgie.tiny.world.operations import OPERATIONS, Family
 from mgie.tiny.world.filters import apply_filter
 from mgie.tiny.world.instructions import instruct
 from mgie.tiny.world.nouns import caption
+from mgie.tiny.world.operations import OPERATIONS, Family
 from mgie.tiny.world.paint import Pixels
 from mgie.tiny.world.photos import draw_photo
 from mgie.tiny.world.scene import Scene, pick

@@ -1,0 +1,43 @@
+"""Device and dtype by name."""
+
+import torch
+
+from mgie.errors import ConfigError
+
+
+def resolve_device(device: str = "auto") -> torch.device:
+    """The device named, or with `auto` the first of CUDA, MPS, CPU that is there.
+
+    Raises:
+        ConfigError: It is no device, or not on this machine.
+    """
+    if device == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(name)
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {device!r}; it must be auto, cpu, mps, cuda or cuda:N", param="device") from error
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device is {device!r}; this machine has {torch.cuda.device_count()} CUDA devices", param="device"
+        )
+    if resolved.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"device is {device!r}; this machine has no MPS device", param="device")
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype named, or with `auto` bfloat16 on CUDA (float16 where that is not supported), else float32.
+
+    Raises:
+        ConfigError: It is not one of auto, float32, float16, bfloat16.
+    """
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if dtype not in known:
+        raise ConfigError(f"dtype is {dtype!r}; it must be one of auto, {', '.join(known)}", param="dtype")
+    return known[dtype]

@@ -1,0 +1,518 @@
+"""Rows of data sets: the schemas of manifest, rejected rows and ledger, where a row's images lie, and reading them.
+
+    manifest   what there is to learn from: one row per edit (source, goal, instruction), written by `prepare`
+    rejected   what `prepare` left out: the same columns as far as they are known, and why
+    ledger     manifest rows with their expressive instructions, one row per edit and attempt, by `summarize`
+
+Each is a folder of parquet files. File names that begin with `.` or `_` are not part of it.
+
+**Images.** `source`, `goal` and `mask` are URIs relative to one root per folder: plain POSIX paths, not
+percent-encoded, without `..`. The file `images.json` beside the parquet files names the root: an absolute path,
+an `s3://` URL, or a path relative to the folder itself (so that a folder which brings its images can be moved
+as a whole). It is written last: a folder without it was not finished. `images_root` reads it, `resolve_uri`
+joins; nothing else in the project puts a root and a URI together.
+
+**Reasons** are text `code: what happened`; the codes are few (`RejectionCode`), so that they can be counted.
+
+Stores are arguments (`pyarrow.fs.FileSystem` and a path in it); opening one from a URL is not done here.
+Knows nothing of data-set layouts, models or Ray.
+"""
+
+import hashlib
+import io
+import json
+import posixpath
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs as pafs
+
+from mgie.errors import DataError
+from mgie.storage.folder import write_atomically
+from mgie.storage.retry import with_retries
+
+Direction = Literal["forward", "inverse"]
+Status = Literal["ok", "rejected"]
+RejectionCode = Literal[
+    "bad_file",  # a container (a parquet file or row group, a tar file) cannot be read
+    "bad_row",  # a field is missing or is not what its layout says
+    "missing_file",  # a file that the row names is not there
+    "bad_image",  # bytes that are no usable image
+    "empty_instruction",
+    "unchanged",  # source and goal are the same bytes
+    "exact_duplicate",  # the id was seen before
+    "near_duplicate",  # both images near those of a row with the same normalised instruction
+    "describe_failed",  # the describing model cannot do this row, even alone
+    "no_description",  # it wrote nothing that can be used
+    "summarize_failed",
+    "no_summary",
+    "edit_failed",  # the editing model could not take the row
+]
+
+IMAGES_FILE = "images.json"
+IMAGES_FORMAT = 1
+READ_BATCH_ROWS = 4096
+
+_MANIFEST_FIELDS = [
+    pa.field("id", pa.int64(), nullable=False),
+    pa.field("dataset", pa.string(), nullable=False),
+    pa.field("split", pa.string(), nullable=False),
+    pa.field("source", pa.string(), nullable=False),
+    pa.field("goal", pa.string(), nullable=False),
+    pa.field("mask", pa.string()),
+    pa.field("instruction", pa.string(), nullable=False),
+    pa.field("source_caption", pa.string()),
+    pa.field("goal_caption", pa.string()),
+    pa.field("turn", pa.int32()),
+    pa.field("session", pa.string()),
+    pa.field("licence", pa.string()),
+    pa.field("provenance", pa.string(), nullable=False),
+]
+
+MANIFEST_SCHEMA = pa.schema(_MANIFEST_FIELDS)
+"""
+id              stable 63-bit hash of source bytes, goal bytes, instruction and direction: `row_id`
+dataset         name of the data set                    split           train | val | test
+source, goal    URIs of the images                      mask            URI; white = edited region; null = none
+instruction     the user's words, without white space around them
+source_caption, goal_caption   what the images show, where the data set says
+turn            from 1, in a session of several edits   session         what its turns share
+licence         as given to `prepare`                   provenance      JSON object: where the row comes from
+"""
+
+REJECTED_SCHEMA = pa.schema(
+    [*(field.with_nullable(True) for field in _MANIFEST_FIELDS), pa.field("reason", pa.string(), nullable=False)]
+)
+"What is known of a row that was left out, and `reason`."
+
+LEDGER_SCHEMA = pa.schema(
+    [
+        *_MANIFEST_FIELDS,
+        pa.field("verbose", pa.string()),
+        pa.field("expressive", pa.string()),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("reason", pa.string()),
+        pa.field("attempt", pa.int32(), nullable=False),
+        pa.field("describe_model", pa.string()),
+        pa.field("describe_revision", pa.string()),
+        pa.field("summarize_model", pa.string()),
+        pa.field("summarize_revision", pa.string()),
+        pa.field("preset", pa.string()),
+        pa.field("describe_prompt_tokens", pa.int32()),
+        pa.field("describe_tokens", pa.int32()),
+        pa.field("summarize_prompt_tokens", pa.int32()),
+        pa.field("summarize_tokens", pa.int32()),
+        pa.field("describe_seconds", pa.float64()),
+        pa.field("summarize_seconds", pa.float64()),
+    ]
+)
+"""Every manifest column, then
+verbose      what the describing model wrote            expressive   its summary: the expressive instruction
+status       ok | rejected                              reason       null unless rejected
+attempt      from 1; `--retry-failed` appends a row with the next
+describe_*, summarize_*   model, revision, tokens read and written, seconds of the row's share of its batch
+preset       which prompts and settings
+"""
+
+
+EDITS_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.int64(), nullable=False),
+        pa.field("image", pa.string(), nullable=False),
+        pa.field("instruction", pa.string(), nullable=False),
+        pa.field("given", pa.string()),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("attempt", pa.int32(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("reason", pa.string()),
+        pa.field("edited", pa.string()),
+        pa.field("expressive", pa.string()),
+        pa.field("used_fallback", pa.bool_()),
+        pa.field("settings", pa.string()),
+        pa.field("bundle", pa.string()),
+        pa.field("seconds", pa.float64()),
+    ]
+)
+"""Bulk edits (`pipelines/edit.py`), one row per edit and attempt:
+id           of the edit: hash of image URI, instruction, given expressive instruction and seed
+image        URI of the source              given        expressive instruction given by the user, or null
+edited       URI of the result, below the folder of this ledger
+expressive   what guided the edit           used_fallback   the model gave no usable visual tokens
+settings     JSON of EditSettings           bundle       identity of the bundle
+"""
+
+
+# ---- identity
+
+
+def row_id(source: bytes, goal: bytes, instruction: str, direction: Direction) -> int:
+    """The stable identity of an edit, 0 to 2^63 - 1: hash of the encoded images, the instruction and the direction."""
+    digest = hashlib.sha256()
+    for part in (source, goal, instruction.encode(), direction.encode()):
+        digest.update(len(part).to_bytes(8, "big"))  # so that no two different sequences of parts read the same
+        digest.update(part)
+    return int.from_bytes(digest.digest()[:8], "big") & (2**63 - 1)
+
+
+def rejection(code: RejectionCode, what: str) -> str:
+    """A `reason`."""
+    return f"{code}: {what}"
+
+
+def rejection_code(reason: str) -> str:
+    """The part of a `reason` that is counted."""
+    return reason.partition(":")[0]
+
+
+# ---- where images lie
+
+
+def write_images_root(filesystem: pafs.FileSystem, folder: str, root: str) -> None:
+    """Writes `images.json`; last, when all rows of the folder are there.
+
+    Args:
+        root: Absolute path, `s3://` URL, or a path relative to the folder (`..`).
+    """
+    text = json.dumps({"format": IMAGES_FORMAT, "root": root}, ensure_ascii=False)
+    write_atomically(filesystem, f"{folder}/{IMAGES_FILE}", text.encode() + b"\n")
+
+
+def images_root(filesystem: pafs.FileSystem, folder: str, *, moved_to: str | None = None) -> str:
+    """The root that the URIs of a folder's rows are relative to.
+
+    Args:
+        moved_to: What to take instead of what `images.json` says, for images that lie elsewhere by now.
+
+    Returns:
+        An absolute path or an `s3://` URL.
+
+    Raises:
+        DataError: There is no readable `images.json`: no such folder, or whoever wrote it did not finish.
+    """
+
+    def read() -> bytes:
+        with filesystem.open_input_stream(f"{folder}/{IMAGES_FILE}") as stream:
+            return bytes(stream.read())
+
+    try:
+        content = json.loads(with_retries(read))
+        if content["format"] != IMAGES_FORMAT:
+            raise DataError(
+                f"{folder}/{IMAGES_FILE} has format {content['format']!r}; this version reads {IMAGES_FORMAT}"
+            )
+        root = str(content["root"])
+    except FileNotFoundError as error:
+        message = f"{folder} holds no {IMAGES_FILE}: there are no rows, or the job that wrote them did not finish"
+        raise DataError(message) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder}/{IMAGES_FILE} is damaged: {error!r}") from error
+    if moved_to is not None:
+        return moved_to
+    if root.startswith("/") or "://" in root:
+        return root
+    scheme = "s3://" if filesystem.type_name == "s3" else ""
+    return scheme + posixpath.normpath(posixpath.join(folder, root))
+
+
+# ---- reading
+
+
+def list_parquet(filesystem: pafs.FileSystem, folder: str) -> list[str]:
+    """Paths of a folder's parquet files, sorted by name; those directly in it, not hidden ones."""
+    found = with_retries(lambda: filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True)))
+    return sorted(
+        info.path
+        for info in found
+        if info.type == pafs.FileType.File and info.base_name.endswith(".parquet") and info.base_name[0] not in "._"
+    )
+
+
+def read_manifest(
+    filesystem: pafs.FileSystem, folder: str, *, columns: Sequence[str] | None = None, batch_rows: int = READ_BATCH_ROWS
+) -> Iterator[pa.RecordBatch]:
+    """The rows of a manifest in order, streamed.
+
+    Args:
+        columns: Which, in this order; None = all of `MANIFEST_SCHEMA`.
+        batch_rows: Most rows per batch.
+
+    Raises:
+        DataError: No rows, a file is damaged, or columns are missing or of another type (they are named).
+    """
+    yield from _not_empty(
+        _read(filesystem, list_parquet(filesystem, folder), _choose(MANIFEST_SCHEMA, columns), batch_rows),
+        f"manifest {folder} holds no rows",
+    )
+
+
+def read_ledger(
+    filesystem: pafs.FileSystem,
+    folder: str,
+    *,
+    status: Status | None = "ok",
+    columns: Sequence[str] | None = None,
+    batch_rows: int = READ_BATCH_ROWS,
+) -> Iterator[pa.RecordBatch]:
+    """One row per id, that of the highest attempt, in the order of files and rows, streamed.
+
+    Ids and attempts of the whole ledger are held in memory: about 30 bytes per row.
+
+    Args:
+        status: Only rows whose highest attempt ended so; None = all.
+        columns: Which, in this order; None = all of `LEDGER_SCHEMA`.
+        batch_rows: Most rows per batch.
+
+    Raises:
+        DataError: No such rows, a file is damaged, or columns are missing or of another type (they are named).
+    """
+    files = list_parquet(filesystem, folder)
+    schema = _choose(LEDGER_SCHEMA, columns)
+    chosen = _latest(filesystem, files).chosen(status)
+    yield from _not_empty(
+        _filtered(_read(filesystem, files, schema, batch_rows), chosen),
+        f"ledger {folder} holds no rows" + (f" of status {status!r}" if status else ""),
+    )
+
+
+def is_ledger(filesystem: pafs.FileSystem, folder: str) -> bool:
+    """Whether a folder of rows is a ledger, and not a manifest.
+
+    Raises:
+        DataError: A file is damaged.
+    """
+    files = list_parquet(filesystem, folder)
+    try:
+        return bool(files) and "attempt" in pq.read_schema(files[0], filesystem=filesystem).names
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{files[0]} cannot be read: {error}") from error
+
+
+def read_edits(
+    filesystem: pafs.FileSystem, folder: str, *, columns: Sequence[str], batch_rows: int = READ_BATCH_ROWS
+) -> Iterator[pa.RecordBatch]:
+    """The edits of a ledger (those that are ok) or of a manifest, in which what only ledgers have is null.
+
+    For what can do without expressive instructions. Arguments and errors as of `read_ledger`.
+    """
+    if is_ledger(filesystem, folder):
+        yield from read_ledger(filesystem, folder, columns=columns, batch_rows=batch_rows)
+        return
+    schema = _choose(LEDGER_SCHEMA, columns)
+    given = [name for name in columns if name in MANIFEST_SCHEMA.names]
+    for batch in read_manifest(filesystem, folder, columns=given, batch_rows=batch_rows):
+        arrays = [batch[name] if name in given else pa.nulls(len(batch), schema.field(name).type) for name in columns]
+        yield pa.record_batch(arrays, schema=schema)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerCounts:
+    """What a ledger holds."""
+
+    num_rows: int
+    "rows in its files: all attempts"
+    num_ids: int
+    "edits"
+    num_ok: int
+    "edits whose highest attempt is ok"
+    num_rejected: int
+    "edits whose highest attempt is rejected"
+    num_repeated: int
+    "rows beyond the first of the same id and attempt; the reader leaves them out"
+
+
+def count_ledger(filesystem: pafs.FileSystem, folder: str) -> LedgerCounts:
+    """Counts, as the reader sees the ledger; all zero for an empty folder.
+
+    Raises:
+        DataError: As `read_ledger`.
+    """
+    latest = _latest(filesystem, list_parquet(filesystem, folder))
+    return LedgerCounts(
+        num_rows=len(latest.is_latest),
+        num_ids=int(latest.is_latest.sum()),
+        num_ok=int(latest.chosen("ok").sum()),
+        num_rejected=int(latest.chosen("rejected").sum()),
+        num_repeated=latest.num_repeated,
+    )
+
+
+def compact_ledger(filesystem: pafs.FileSystem, folder: str, *, rows_per_file: int = 50_000) -> LedgerCounts:
+    """Rewrites a ledger to one row per id. Nobody may write to it meanwhile.
+
+    The new files are complete before the old ones go: after a kill in between the reader sees the same rows
+    as before, and another compaction tidies up.
+
+    Returns:
+        The counts from before.
+
+    Raises:
+        DataError: As `read_ledger`, or there are no rows.
+    """
+    old = list_parquet(filesystem, folder)
+    counts = count_ledger(filesystem, folder)
+    batches = read_ledger(filesystem, folder, status=None)
+    # Named by what they replace, so that they are never among them.
+    stem = f"{folder}/compacted-{hashlib.sha256(json.dumps(old).encode()).hexdigest()[:12]}"
+    for number, table in enumerate(split_rows(batches, LEDGER_SCHEMA, rows_per_file)):
+        out = io.BytesIO()
+        pq.write_table(table, out)
+        write_atomically(filesystem, f"{stem}-{number:05d}.parquet", out.getvalue())
+    for path in old:
+        filesystem.delete_file(path)
+    return counts
+
+
+def split_rows(batches: Iterable[pa.RecordBatch], schema: pa.Schema, rows_per_table: int) -> Iterator[pa.Table]:
+    """Regroups batches into tables of `rows_per_table` rows; the last may be shorter, and there is at least one."""
+    waiting: list[pa.RecordBatch] = []
+    num_waiting, is_first = 0, True
+    for batch in batches:
+        waiting.append(batch)
+        num_waiting += len(batch)
+        while num_waiting >= rows_per_table:
+            table = pa.Table.from_batches(waiting, schema)
+            yield table.slice(0, rows_per_table)
+            is_first = False
+            waiting = table.slice(rows_per_table).to_batches()
+            num_waiting -= rows_per_table
+    if num_waiting or is_first:
+        yield pa.Table.from_batches(waiting, schema)
+
+
+@dataclass(frozen=True)
+class _Latest:
+    """Which rows of a ledger, counted through all files, hold the highest attempt of their id."""
+
+    is_latest: npt.NDArray[np.bool_]
+    is_ok: npt.NDArray[np.bool_]
+    num_repeated: int
+
+    def chosen(self, status: Status | None) -> npt.NDArray[np.bool_]:
+        if status is None:
+            return self.is_latest
+        return self.is_latest & (self.is_ok if status == "ok" else ~self.is_ok)
+
+
+def _latest(filesystem: pafs.FileSystem, files: Sequence[str]) -> _Latest:
+    """Reads id, attempt and status of all files. Of equal attempts the first counts."""
+    ids, attempts, oks = [], [], []
+    for batch in _read(filesystem, files, _choose(LEDGER_SCHEMA, ["id", "attempt", "status"]), READ_BATCH_ROWS):
+        ids.append(batch.column("id").to_numpy())
+        attempts.append(batch.column("attempt").to_numpy())
+        oks.append(np.asarray(batch.column("status").to_pylist(), dtype=object) == "ok")
+    if not ids:
+        nothing = np.zeros(0, dtype=bool)
+        return _Latest(nothing, nothing, 0)
+    id_, attempt = np.concatenate(ids), np.concatenate(attempts)
+    order = np.lexsort((-attempt, id_))  # stable: equal ones stay in the order of the files
+    is_first = np.ones(len(order), dtype=bool)
+    is_first[1:] = id_[order][1:] != id_[order][:-1]
+    is_latest = np.zeros(len(order), dtype=bool)
+    is_latest[order[is_first]] = True
+    is_repeated = ~is_first[1:] & (attempt[order][1:] == attempt[order][:-1])
+    return _Latest(is_latest, np.concatenate(oks).astype(bool), int(is_repeated.sum()))
+
+
+def _choose(schema: pa.Schema, columns: Sequence[str] | None) -> pa.Schema:
+    if columns is None:
+        return schema
+    if unknown := [name for name in columns if name not in schema.names]:
+        raise DataError(f"there are no columns {unknown}; there are {schema.names}")
+    return pa.schema([schema.field(name) for name in columns])
+
+
+def _read(
+    filesystem: pafs.FileSystem, files: Sequence[str], schema: pa.Schema, batch_rows: int
+) -> Iterator[pa.RecordBatch]:
+    """Streams the columns of `schema` of all files, cast to it."""
+    for path in files:
+        try:
+            with _open(filesystem, path) as file:
+                # One buffer instead of whole column chunks: memory stays bounded whatever the row groups are.
+                parquet = pq.ParquetFile(file, buffer_size=1 << 16, pre_buffer=False)
+                _check_columns(path, parquet.schema_arrow, schema)
+                for batch in parquet.iter_batches(batch_size=batch_rows, columns=schema.names):
+                    columns = [batch.column(name).cast(schema.field(name).type) for name in schema.names]
+                    for name, column in zip(schema.names, columns, strict=True):
+                        if column.null_count and not schema.field(name).nullable:
+                            raise DataError(
+                                f"{path} has {column.null_count} nulls in column {name!r}; none are allowed"
+                            )
+                    yield pa.RecordBatch.from_arrays(columns, schema=schema)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:  # damaged pages are an OSError
+            raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def _open(filesystem: pafs.FileSystem, path: str) -> Any:
+    """A file to read parts of.
+
+    From an object store the whole object comes in one request instead of dozens. It also avoids reads of a few
+    bytes, which the SDK does not try again when the store answers with an error (its body overruns the buffer).
+    """
+    if filesystem.type_name == "local":
+        return filesystem.open_input_file(path)
+
+    def read() -> Any:
+        with filesystem.open_input_file(path) as file:
+            return file.read_buffer(file.size())
+
+    return pa.BufferReader(with_retries(read))
+
+
+def _check_columns(path: str, found: pa.Schema, wanted: pa.Schema) -> None:
+    """Raises DataError unless each wanted column is there, of a type that holds the same kind of values."""
+    missing = [name for name in wanted.names if found.get_field_index(name) < 0]
+    wrong = [
+        f"{field.name} is {found.field(field.name).type}, not {field.type}"
+        for field in wanted
+        if field.name not in missing and not _same_kind(found.field(field.name).type, field.type)
+    ]
+    problems = [f"missing columns {', '.join(missing)}"] * bool(missing) + wrong
+    if problems:
+        raise DataError(f"{path} does not have the expected columns: {'; '.join(problems)}")
+
+
+def _same_kind(found: pa.DataType, wanted: pa.DataType) -> bool:
+    """Text stored as another kind of text, a narrower or wider integer, and a column of nothing but nulls are fine."""
+    if pa.types.is_null(found):
+        return True
+    if pa.types.is_integer(wanted):
+        return cast("bool", pa.types.is_integer(found))
+    if pa.types.is_floating(wanted):
+        return cast("bool", pa.types.is_floating(found))
+    return cast("bool", pa.types.is_string(found) or pa.types.is_large_string(found))
+
+
+def _filtered(batches: Iterable[pa.RecordBatch], chosen: npt.NDArray[np.bool_]) -> Iterator[pa.RecordBatch]:
+    start = 0
+    for batch in batches:
+        yield batch.filter(pa.array(chosen[start : start + len(batch)]))
+        start += len(batch)
+
+
+def _not_empty(batches: Iterable[pa.RecordBatch], otherwise: str) -> Iterator[pa.RecordBatch]:
+    """The batches that have rows. Raises DataError if there is none."""
+    is_empty = True
+    for batch in batches:
+        if len(batch):
+            is_empty = False
+            yield batch
+    if is_empty:
+        raise DataError(otherwise)
+
+
+def to_table(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+    """Rows as a table; keys that a row lacks are null.
+
+    Raises:
+        DataError: A value does not fit its column.
+    """
+    try:
+        return pa.Table.from_pylist(list(rows), schema=schema)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError) as error:
+        raise DataError(f"rows do not fit the schema: {error}") from error

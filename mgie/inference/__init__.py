@@ -1,0 +1,7 @@
+"""One edit with a loaded model: words and image -> condition -> edited image.
+
+conditioner.py      words (and image) -> condition
+condition_cache.py  conditions that were derived before
+preview.py          latents -> colours
+renderer.py         condition and image -> edited image
+"""

@@ -1,0 +1,79 @@
+"""The rows that a run has to do: written in blocks beside its output, then read one by one by Ray tasks.
+
+A block is what is done and committed at a time. The driver never holds more rows than a file has, and a task reads one file.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+
+from mgie.data.ledger import split_rows
+from mgie.storage.folder import Folder
+
+_WORK = "_work"
+_BLOCKS_PER_FILE = 16  # row groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class PendingRows:
+    """Blocks of rows that were written."""
+
+    out: Folder
+    "of the run, of which they take a part"
+    rows_per_block: int
+    "the last may have fewer"
+    num_rows: int
+
+    def fetch(self, prepare: Callable[[pa.Table], pa.Table], *, num_cpus: float, **options: Any) -> ray.data.Dataset:
+        """The blocks, each read and prepared by a task.
+
+        Args:
+            prepare: What the task makes of its rows; travels with the task.
+            num_cpus: Of a task.
+            options: More of `map_batches`.
+        """
+        numbers = range(-(-self.num_rows // self.rows_per_block))
+        read: Any = partial(_read, out=self.out, prepare=prepare)  # Ray's types know no pyarrow tables
+        # Not ray.data.range(): its read tasks ask for a whole CPU each, which a small cluster may never have free.
+        blocks = ray.data.from_items([{"block": number} for number in numbers], override_num_blocks=len(numbers))
+        return blocks.map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=num_cpus, **options)
+
+    def delete(self) -> None:
+        """Removes them: the run is done."""
+        self.out.delete(_WORK)
+
+
+def write_pending(
+    out: Folder, rows: Iterable[pa.RecordBatch], schema: pa.Schema, *, rows_per_block: int
+) -> PendingRows:
+    """Writes the rows in place of those of a run that was killed."""
+    out.delete(_WORK)
+    num_rows = 0
+    for number, table in enumerate(split_rows(rows, schema, rows_per_block * _BLOCKS_PER_FILE)):
+        if table.num_rows:
+            with out.publish(_path(number)) as path:
+                pq.write_table(table, path, row_group_size=rows_per_block)
+            num_rows += table.num_rows
+    return PendingRows(out=out, rows_per_block=rows_per_block, num_rows=num_rows)
+
+
+def run_blocks(written: ray.data.Dataset, column: str) -> Iterator[Any]:
+    """Runs a dataset; yields what its last stage says of each block in a column, as soon as the block is done."""
+    batches: Iterator[Any] = iter(written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+    for batch in batches:
+        yield from batch.column(column).to_pylist()
+
+
+def _path(file_number: int) -> str:
+    return f"{_WORK}/pending-{file_number:05d}.parquet"
+
+
+def _read(block: pa.Table, *, out: Folder, prepare: Callable[[pa.Table], pa.Table]) -> pa.Table:
+    [number] = block.column("block").to_pylist()
+    file = pa.BufferReader(out.read(_path(number // _BLOCKS_PER_FILE)))
+    return prepare(pq.ParquetFile(file).read_row_group(number % _BLOCKS_PER_FILE))

@@ -1,0 +1,169 @@
+"""What a job takes of a Ray cluster, and whether the cluster has it: checked before anything starts.
+
+A job whose smallest pools do not fit would hang without a word; here it is refused in seconds, with what to do.
+Knows nothing of models, rows or what the stages do.
+"""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import UserCodeException
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from mgie.errors import ConfigError
+from mgie.storage.folder import Folder
+
+PATIENCE_S = 15.0  # what a killed job held is free again after a few seconds
+_TOLERANCE = 1e-6  # sums of fractions of a CPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSize:
+    """How much of the cluster a stage takes."""
+
+    min_actors: int = 1
+    "actors at least"
+    max_actors: int = 1
+    "actors at most"
+    num_gpus: float = 0.0
+    "GPUs of one actor; may be a fraction"
+    num_cpus: float = 0.5
+    "CPUs of one actor; may be a fraction"
+    batch_size: int = 8
+    "rows per model call"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_actors <= self.max_actors:
+            raise ConfigError(
+                f"actors are {self.min_actors} to {self.max_actors}; it must be 1 <= min <= max", param="min_actors"
+            )
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size is {self.batch_size}; it must be at least 1", param="batch_size")
+        for name, value in (("num_gpus", self.num_gpus), ("num_cpus", self.num_cpus)):
+            if value < 0:
+                raise ConfigError(f"{name} is {value}; it must be at least 0", param=name)
+
+    def pool(self) -> dict[str, Any]:
+        """Arguments of `map_batches` for a stage that takes a block at a time and makes its own model batches."""
+        return {
+            "batch_size": None,
+            "batch_format": "pyarrow",
+            # One block is worked on, one waits: more would fill the object store for nothing.
+            "compute": ActorPoolStrategy(
+                min_size=self.min_actors, max_size=self.max_actors, max_tasks_in_flight_per_actor=2
+            ),
+            "num_cpus": self.num_cpus,
+            "num_gpus": self.num_gpus or None,
+        }
+
+
+def start_ray() -> None:
+    """Joins the cluster that the environment names, else starts one on this machine; keeps Ray's chatter off the screen."""
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    DataContext.get_current().enable_progress_bars = False  # the jobs have one of their own, in rows
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def check_cluster(
+    stages: Mapping[str, StageSize], *, task_cpus: float, grows: bool = False, patience_s: float = PATIENCE_S
+) -> None:
+    """Checks that the smallest pool of every stage, and the tasks around them, fit into what is free.
+
+    Args:
+        stages: By the name that their flags begin with.
+        task_cpus: CPUs of one task of each kind that runs besides the stages.
+        grows: The cluster adds nodes on demand: nothing is refused.
+        patience_s: How long to wait for resources that others hold.
+
+    Raises:
+        ConfigError: They do not fit; says what is missing and what to do.
+    """
+    if grows:
+        return
+    check_size(stages, [node["Resources"] for node in alive_nodes()], task_cpus=task_cpus)
+    deadline = time.monotonic() + patience_s
+    while problem := _shortage(stages, ray.available_resources(), task_cpus, "the cluster has {there:g} free"):
+        if time.monotonic() > deadline:
+            raise ConfigError(f"{problem}, or wait until the cluster's other jobs have ended")
+        time.sleep(0.5)
+
+
+def check_size(stages: Mapping[str, StageSize], nodes: Sequence[Mapping[str, float]], *, task_cpus: float) -> None:
+    """The part of `check_cluster` that looks at the nodes' sizes alone. Raises ConfigError."""
+    for name, stage in stages.items():
+        if not any(
+            node.get("CPU", 0) + _TOLERANCE >= stage.num_cpus and node.get("GPU", 0) + _TOLERANCE >= stage.num_gpus
+            for node in nodes
+        ):
+            raise ConfigError(
+                f"one actor of stage {name} needs {stage.num_cpus:g} CPUs and {stage.num_gpus:g} GPUs on one node; "
+                f"no node has them; lower --{name}.num-cpus or --{name}.num-gpus, or add such a node"
+            )
+    totals = {kind: sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU")}
+    if problem := _shortage(stages, totals, task_cpus, "the cluster has {there:g}"):
+        raise ConfigError(problem)
+
+
+def _shortage(
+    stages: Mapping[str, StageSize], resources: Mapping[str, float], task_cpus: float, there_is: str
+) -> str | None:
+    for kind, extra in (("CPU", task_cpus), ("GPU", 0.0)):
+        field = f"num_{kind.lower()}s"
+        needed = extra + sum(stage.min_actors * getattr(stage, field) for stage in stages.values())
+        there = resources.get(kind, 0.0)
+        if needed > there + _TOLERANCE:
+            flags = " or ".join(f"--{name}.{field.replace('_', '-')}" for name in stages)
+            return (
+                f"the job needs {needed:g} {kind}s at least, {there_is.format(there=there)}; "
+                f"lower {flags} or the numbers of actors, or add nodes"
+            )
+    return None
+
+
+def alive_nodes() -> list[dict[str, Any]]:
+    """Nodes of the cluster, as Ray describes them."""
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def check_shared(folders: Mapping[str, Folder]) -> None:
+    """Checks that every node sees the local ones of these folders, which exist here.
+
+    Raises:
+        ConfigError: A node does not; names it and the folder.
+    """
+    paths = {name: folder.path for name, folder in folders.items() if folder.is_local}
+    nodes = alive_nodes()
+    if not paths or len(nodes) < 2:
+        return
+    unseen = ray.remote(num_cpus=0)(_unseen)
+    asked = {
+        node["NodeManagerHostname"]: unseen.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(paths)
+        for node in nodes
+    }
+    for host, answer in asked.items():
+        for name in ray.get(answer):
+            raise ConfigError(
+                f"{name} is {paths[name]}, which node {host} does not see; "
+                "give a folder that all nodes share, or an s3:// URL"
+            )
+
+
+def _unseen(paths: Mapping[str, str]) -> list[str]:
+    return [name for name, path in paths.items() if not Path(path).exists()]
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What a worker raised, out of what Ray wraps around it."""
+    # Ray Data leaves out what its own exception wraps; the one around that has the worker's traceback.
+    while (inner := getattr(error, "cause", None) or error.__cause__) and not isinstance(inner, UserCodeException):
+        error = inner
+    return error

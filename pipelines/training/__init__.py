@@ -1,0 +1,8 @@
+"""The parts of the training job.
+
+rows.py          a run's own copy of its rows
+checkpoints.py   a run's checkpoints, and Ray's index of them
+tracking.py      numbers and pictures of a run
+sample_sheet.py  edits of fixed rows as one picture
+worker.py        what each worker does
+"""

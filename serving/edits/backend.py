@@ -1,0 +1,125 @@
+"""What edits, as the HTTP side sees it: a protocol, and both stages in one process.
+
+`ray_backend.py` makes another of deployment handles. Knows neither HTTP nor Ray.
+"""
+
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Protocol
+
+from mgie.engine.handle import Stepped
+from serving.edits.call import EditCall
+from serving.errors import MixedVersionsError
+from serving.stages.messages import BundleInfo, Derived, Partial, RenderedEdit, RenderOptions, StageStats
+
+READY_TIMEOUT_S = 5.0  # a stage that does not answer a question about itself within this is not ready
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditOutcome:
+    """What an `EditBackend` returns."""
+
+    derived: Derived
+    rendered: RenderedEdit
+    retries: Mapping[str, int] = field(default_factory=dict)
+    "by stage: calls repeated because a replica died"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceStats:
+    """Figures for operators and load tests."""
+
+    mllm: StageStats | None
+    "of the one replica that answered; None: none did in time"
+    diffusion: StageStats | None
+    replicas: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    "by deployment: number of replicas by state"
+
+
+EditEvent = Derived | Stepped | Partial | EditOutcome
+OnDerived = Callable[[], object]
+
+
+class EditBackend(Protocol):
+    """Anything that can edit."""
+
+    async def edit(self, call: EditCall, *, on_derived: OnDerived = lambda: None) -> EditOutcome:
+        """Runs both stages. Cancelling it frees what it holds.
+
+        Args:
+            call: The edit.
+            on_derived: Told when the first stage is done and the second begins.
+
+        Raises:
+            MGIEError: See the table in `api/responses.py`.
+        """
+        ...
+
+    def stream(self, call: EditCall) -> AsyncGenerator[EditEvent, None]:
+        """The same step by step: `Derived` first, `EditOutcome` last. Closing it frees what it holds."""
+        ...
+
+    def check_room(self) -> None:
+        """Returns if an edit would be taken on now.
+
+        Raises:
+            EngineFullError: It would be refused.
+        """
+        ...
+
+    async def models(self) -> tuple[BundleInfo, ...]:
+        """The served bundles, as both stages report them, the default first.
+
+        Raises:
+            StageUnavailableError: A stage does not answer, or they serve different bundles.
+        """
+        ...
+
+    async def check_ready(self) -> None:
+        """Returns if edits can be answered.
+
+        Raises:
+            StageUnavailableError: They cannot be now.
+        """
+        ...
+
+    async def stats(self) -> ServiceStats:
+        """Current figures."""
+        ...
+
+
+def render_options(call: EditCall) -> RenderOptions:
+    """What the diffusion stage is asked for."""
+    return RenderOptions(
+        model=call.model,
+        seed=call.seed,
+        overrides=call.overrides,
+        n=call.n,
+        mask=call.mask,
+        deterministic=call.deterministic,
+        queue_delay_s=call.patience_s,
+        num_partials=call.num_partials,
+        output_format=call.output_format,
+        output_quality=call.output_quality,
+        output_wh=call.output_wh,
+        keeps_lossless=call.keeps_lossless,
+        trace=call.trace,
+    )
+
+
+def seconds_left(call: EditCall) -> float:
+    """Until its deadline. Clocks of machines differ: stages are told how long they have, not until when."""
+    return call.deadline - time.monotonic()
+
+
+def same_bundles(mllm: Sequence[BundleInfo], diffusion: Sequence[BundleInfo]) -> tuple[BundleInfo, ...]:
+    """Raises MixedVersionsError unless both stages serve the same bundles."""
+    for of_mllm, of_diffusion in zip_longest(mllm, diffusion):
+        if of_mllm != of_diffusion:
+            first, second = (f"{info.name} {info.identity}" if info else "none" for info in (of_mllm, of_diffusion))
+            raise MixedVersionsError(
+                f"the MLLM stage serves bundle {first} and the diffusion stage {second}; they must match"
+            )
+    return tuple(diffusion)

@@ -1,0 +1,69 @@
+"""Both stages of an edit in this process, as an `EditBackend`."""
+
+import contextlib
+from collections.abc import AsyncGenerator
+
+from serving.edits.backend import (
+    EditEvent,
+    EditOutcome,
+    OnDerived,
+    ServiceStats,
+    render_options,
+    same_bundles,
+    seconds_left,
+)
+from serving.edits.call import EditCall
+from serving.stages.diffusion import DiffusionStage
+from serving.stages.messages import BundleInfo, Derived, RenderedEdit
+from serving.stages.mllm import MLLMStage
+
+
+class InProcessBackend:
+    """Both stages in this process: for tests and benchmarks."""
+
+    def __init__(self, mllm: MLLMStage, diffusion: DiffusionStage) -> None:
+        self._mllm = mllm
+        self._diffusion = diffusion
+
+    async def edit(self, call: EditCall, *, on_derived: OnDerived = lambda: None) -> EditOutcome:
+        """See `EditBackend`."""
+        derived = await self._derive(call)
+        on_derived()
+        rendered = await self._diffusion.render(call.image, derived, render_options(call), timeout_s=seconds_left(call))
+        return EditOutcome(derived=derived, rendered=rendered)
+
+    async def stream(self, call: EditCall) -> AsyncGenerator[EditEvent, None]:
+        """See `EditBackend`."""
+        derived = await self._derive(call)
+        yield derived
+        events = self._diffusion.render_stream(call.image, derived, render_options(call), timeout_s=seconds_left(call))
+        async with contextlib.aclosing(events):
+            async for event in events:
+                yield EditOutcome(derived=derived, rendered=event) if isinstance(event, RenderedEdit) else event
+
+    async def _derive(self, call: EditCall) -> Derived:
+        return await self._mllm.derive(
+            call.image,
+            call.instruction,
+            call.expressive,
+            model=call.model,
+            deterministic=call.deterministic,
+            queue_delay_s=call.patience_s,
+            timeout_s=seconds_left(call),
+            trace=call.trace,
+        )
+
+    def check_room(self) -> None:
+        """See `EditBackend`. The stages say it themselves."""
+
+    async def models(self) -> tuple[BundleInfo, ...]:
+        """See `EditBackend`."""
+        return same_bundles(await self._mllm.models(), await self._diffusion.models())
+
+    async def check_ready(self) -> None:
+        """See `EditBackend`."""
+        await self.models()
+
+    async def stats(self) -> ServiceStats:
+        """See `EditBackend`."""
+        return ServiceStats(mllm=await self._mllm.stats(), diffusion=await self._diffusion.stats())
