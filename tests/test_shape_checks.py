@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mgie.config import check_range
-from mgie.guidance import GuidanceInput
+from mgie.model.guidance import GuidanceInput
 
 
 def _guidance_input(**changes: object) -> GuidanceInput:

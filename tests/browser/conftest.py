@@ -11,8 +11,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from mgie.tiny.world import make_sample
-from serving.backend import InProcessBackend
-
+from serving.edits.in_process import InProcessBackend
 from tests.live import keeping_api, listening, open_backend
 
 if TYPE_CHECKING:  # Playwright may be absent: then every file of tests skips, and says so

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from PIL import Image
 from starlette.types import ASGIApp
 
-from mgie.images import read_image
+from mgie.images.files import read_image
 
 pytest.importorskip("playwright", reason="playwright is not installed")
 from playwright.sync_api import expect
@@ -172,16 +172,16 @@ def test_axe_finds_nothing_serious_in_any_state(
     look("error")
     page.choose(photo)
     look("photo")
-    page.fill_numbers(steps=1000)
+    page.fill_numbers(steps=1000, n=4)
     page.ask("make it night")
     expect(page["#progress"]).to_have_attribute("max", "1000")
     look("running")
     page["#cancel"].click()
-    page.edit("make it night", steps=2)
+    page.edit("make it night", steps=2, n=1)
     look("edited")
     page["#mask-button"].click()
     look("mask")
-    page.edit("let it rain", n=2)
+    page.edit("let it rain", n=2, steps=2)
     look("variants")
     page["#key-button"].click()
     look("key")

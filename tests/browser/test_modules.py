@@ -1,5 +1,6 @@
 """The page's modules by themselves, in the browser."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -25,9 +26,7 @@ READ = """async ([bytes, size]) => {
 }"""
 
 
-@pytest.mark.parametrize("size", [1, 2, 7, 10_000])
-@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
-def test_events_are_read_whatever_the_pieces_they_come_in(edit_page: EditPage, size: int, line_end: str) -> None:
+def test_events_are_read_whatever_the_pieces_they_come_in(edit_page: EditPage) -> None:
     lines = [
         ": id 7",
         "",
@@ -41,15 +40,15 @@ def test_events_are_read_whatever_the_pieces_they_come_in(edit_page: EditPage, s
         "",
     ]
     lines += ["event: never", "", "id: 4", "data", "", "event: cut off", "data: x"]
-    text = line_end.join(lines)
-    read: list[Any] = edit_page.page.evaluate(READ, [list(text.encode()), size])
-    assert read == [
-        {"comment": "id 7"},
-        {"comment": 'expressive "ä night: dark"'},
-        {"event": "a", "data": "{1}"},
-        {"event": "message", "data": "first\nsecond "},
-        {"event": "message", "data": ""},
-    ]
+    for size, line_end in itertools.product((1, 2, 7, 10_000), ("\n", "\r\n")):
+        read: list[Any] = edit_page.page.evaluate(READ, [list(line_end.join(lines).encode()), size])
+        assert read == [
+            {"comment": "id 7"},
+            {"comment": 'expressive "ä night: dark"'},
+            {"event": "a", "data": "{1}"},
+            {"event": "message", "data": "first\nsecond "},
+            {"event": "message", "data": ""},
+        ], (size, line_end)
 
 
 def test_a_stream_that_breaks_off_is_an_error_that_says_so(edit_page: EditPage) -> None:
@@ -69,18 +68,15 @@ def test_a_stream_that_breaks_off_is_an_error_that_says_so(edit_page: EditPage) 
     assert edit_page.page.evaluate(script, failed) == ["cancelled", "7", {"step": 1, "total": 8}]
 
 
-@pytest.mark.parametrize(
-    ("error", "advice"),
-    [
-        ({"code": "engine_full", "status": 429, "retryAfterS": 3}, "Try again in 3 s."),
-        ({"code": "stage_unavailable", "status": 503}, "Try again in a few seconds."),
-        ({"code": "invalid_value", "status": 400}, "Change that, and try again."),
-        ({"status": 500}, "Try again; if it stays, tell the operator the id below."),
-    ],
-)
-def test_every_error_has_advice(edit_page: EditPage, error: dict[str, Any], advice: str) -> None:
+def test_every_error_has_advice(edit_page: EditPage) -> None:
     script = """async (error) => {
         const { adviceFor, ApiError } = await import("/page/errors.js");
         return adviceFor(new ApiError({message: "m", ...error}));
     }"""
-    assert edit_page.page.evaluate(script, error) == advice
+    for error, advice in (
+        ({"code": "engine_full", "status": 429, "retryAfterS": 3}, "Try again in 3 s."),
+        ({"code": "stage_unavailable", "status": 503}, "Try again in a few seconds."),
+        ({"code": "invalid_value", "status": 400}, "Change that, and try again."),
+        ({"status": 500}, "Try again; if it stays, tell the operator the id below."),
+    ):
+        assert edit_page.page.evaluate(script, error) == advice

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI
 from PIL import Image
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from mgie.config import ImageLimits
 from serving.access.keys import KeyRing, new_key
-from serving.backend import InProcessBackend
-from serving.ingress import build_api
-from serving.safety import CheckedBackend
-from serving.stage import DEFAULT_LIMITS
+from serving.api.routes import build_api
+from serving.edits.in_process import InProcessBackend
+from serving.edits.safety import CheckedBackend
 
 pytest.importorskip("playwright", reason="playwright is not installed")
 from playwright.sync_api import expect
@@ -39,15 +39,22 @@ def test_a_file_that_is_no_picture_is_refused_before_it_is_sent(edit_page: EditP
 def test_an_edit_that_took_too_long_says_so_and_can_be_mended(
     backend: InProcessBackend, serve: Serve, visit: Visit, photo: bytes
 ) -> None:
-    page = visit(serve(build_api(backend, timeout_s=8)), expects=("status of 400", "status of 504"))
+    impatient, patient = (build_api(backend, timeout_s=timeout_s) for timeout_s in (0.5, 60))
+
+    async def in_turn(scope: Scope, receive: Receive, send: Send) -> None:
+        await (patient if is_patient else impatient)(scope, receive, send)
+
+    is_patient = False
+    page = visit(serve(in_turn), expects=("status of 400", "status of 504"))
     page.choose(photo)
-    page.fill_numbers(steps=1000)
+    page.fill_numbers(steps=1000, n=4)
     page.ask("make it night")
     expect(page["#error-advice"]).to_have_text("Use fewer steps or fewer variants, and try again.")
     expect(page["#error-what"]).to_contain_text("given up")
     expect(page["#error-id"]).to_have_text(re.compile("Request [0-9a-f]{32}"))
     expect(page["#prompt"]).to_have_value("make it night")
-    page.fill_numbers(steps=2)
+    is_patient = True
+    page.fill_numbers(steps=2, n=1)
     page["#send"].click()
     page.is_done()
     expect(page["#error"]).to_be_hidden()
@@ -71,7 +78,7 @@ def test_an_edit_that_the_operator_forbids_is_explained(
     def check(_: Image.Image, instruction: str, *, where: str) -> str | None:
         return "nothing about hats" if "hat" in instruction and where == "input" else None
 
-    api = build_api(CheckedBackend(backend, check, limits=DEFAULT_LIMITS), timeout_s=60)
+    api = build_api(CheckedBackend(backend, check, limits=ImageLimits()), timeout_s=60)
     page = visit(serve(api), expects=("status of 400",))
     page.choose(photo)
     page.ask("give it a hat")
@@ -79,18 +86,18 @@ def test_an_edit_that_the_operator_forbids_is_explained(
     expect(page["#error-advice"]).to_have_text("This service does not make this edit; ask for something else.")
 
 
-@pytest.mark.parametrize(("name", "value"), [("steps", "0"), ("n", "11"), ("guidance_scale", "99"), ("seed", "-1")])
-def test_a_number_out_of_range_is_not_sent_and_shown_where_it_is(
-    edit_page: EditPage, photo: bytes, name: str, value: str
-) -> None:
+def test_a_number_out_of_range_is_not_sent_and_shown_where_it_is(edit_page: EditPage, photo: bytes) -> None:
     edit_page.choose(photo)
-    edit_page["#settings summary"].click()
-    edit_page[f"[name={name}]"].fill(value)
-    edit_page["#settings summary"].click()  # hidden, but for n
-    edit_page.ask("make it night")
-    expect(edit_page[f"[name={name}]"]).to_be_focused()
-    expect(edit_page["#running"]).to_be_hidden()
-    assert edit_page.tree() == [["photo.png", []]]
+    for name, value in (("steps", "0"), ("n", "11"), ("guidance_scale", "99"), ("seed", "-1")):
+        field, usual = edit_page[f"[name={name}]"], edit_page[f"[name={name}]"].input_value()
+        edit_page["#settings details"].evaluate("details => details.open = true")
+        field.fill(value)
+        edit_page["#settings summary"].click()  # hidden, but for n
+        edit_page.ask("make it night")
+        expect(field).to_be_focused()
+        expect(edit_page["#running"]).to_be_hidden()
+        assert edit_page.tree() == [["photo.png", []]]
+        field.fill(usual)
 
 
 def test_a_service_with_keys_is_used_with_one_that_the_tab_remembers(

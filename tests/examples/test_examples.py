@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mgie.images import read_image, read_metadata
+from mgie.images.files import read_image, read_metadata
 from mgie.tiny.world import make_sample
 from tests.live import keeping_api, listening, open_backend
 
@@ -49,7 +49,7 @@ def client(address: str, folder: Path) -> Run:
     def run(*args: str, code: int = 0) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, str(EXAMPLES / "client.py"), *args]
         done = subprocess.run(
-            command, cwd=folder, env=environment(address), capture_output=True, text=True, timeout=200, check=False
+            command, cwd=folder, env=environment(address), capture_output=True, text=True, check=False
         )
         assert done.returncode == code, done.stderr
         return done
@@ -133,7 +133,6 @@ def test_every_command_of_the_shell_page_does_what_it_says(address: str, folder:
         env=environment(address),
         capture_output=True,
         text=True,
-        timeout=400,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -201,14 +200,10 @@ again = client.predict(handle_file("photo.jpg"), "make it night", "Make it sepia
 print(json.dumps([first, again]))
 """
     try:
-        give_up_s = time.monotonic() + 120
         while not _answers(port):
             assert server.poll() is None
-            assert time.monotonic() < give_up_s
-            time.sleep(0.5)
-        done = subprocess.run(
-            [python, "-c", ask, str(port)], cwd=folder, capture_output=True, text=True, timeout=200, check=False
-        )
+            time.sleep(0.1)
+        done = subprocess.run([python, "-c", ask, str(port)], cwd=folder, capture_output=True, text=True, check=False)
     finally:
         server.terminate()
         server.wait()

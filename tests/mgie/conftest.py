@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mgie.checkpoint import Bundle
-from mgie.tiny import ensure_bundle
+from mgie.bundle.bundle import Bundle
+from mgie.bundle.embedded import ensure_bundle
 
 
 @pytest.fixture(scope="session")

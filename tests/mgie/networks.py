@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig, ViTConfig, ViTModel
 
-from mgie.tiny import ensure_bundle
+from mgie.bundle.embedded import ensure_bundle
 
 CLIP_SIDE_PX, DINO_SIDE_PX, DIM = 32, 28, 16
 LPIPS_WIDTHS = (4, 6, 8, 6, 6)

@@ -5,13 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from mgie.checkpoint import Bundle
-from mgie.config import MAX_INSTRUCTION_CHARS, MAX_SEED, GenerationConfig, ImageLimits
-from mgie.editor import Editor, load_source, output_format, random_seed
+from mgie.bundle.bundle import Bundle
+from mgie.config import MAX_INSTRUCTION_CHARS, MAX_SEED, GenerationConfig, ImageLimits, random_seed
+from mgie.editor import Editor, load_source
 from mgie.errors import BundleError, ConfigError, ImageError, ImageTooLargeError, PromptError
-from mgie.images import AI_EDITED, read_metadata
+from mgie.images.files import AI_EDITED, output_format, read_metadata
 
 WORDS = "make it night"
 SHORT = GenerationConfig(max_new_tokens=4)  # what the untrained model writes is of no interest here
@@ -44,6 +45,22 @@ def test_the_result_has_the_size_of_the_source(editor: Editor, wh: tuple[int, in
     result = edit(editor, picture(*wh), steps=1)
     assert result.image.size == wh
     assert result.image.mode == "RGB"
+
+
+def test_the_words_alone_are_those_of_the_edit(editor: Editor) -> None:
+    words = editor.derive(picture(), WORDS, generation=SHORT)
+    result = edit(editor)
+    assert words.expressive == result.expressive
+    assert torch.equal(words.edit_condition.condition, result.edit_condition.condition)
+    assert editor.derive(picture(), WORDS, expressive="a dark sky").expressive == "a dark sky"
+
+
+def test_the_package_has_the_editor_for_who_asks() -> None:
+    import mgie
+
+    assert mgie.Editor is Editor
+    with pytest.raises(AttributeError, match="Editr"):
+        mgie.Editr  # noqa: B018
 
 
 def test_a_square_crop_gives_the_centre_square(editor: Editor) -> None:
@@ -81,10 +98,10 @@ def test_the_source_the_words_and_every_setting_matter(editor: Editor) -> None:
 def test_a_given_expressive_instruction_is_used_and_reported(editor: Editor) -> None:
     result = edit(editor, expressive="A dark sky with [IMG0] stars.")
     assert result.expressive == "A dark sky with [IMG0] stars."
-    assert result.guidance.output_tokens == 0
+    assert result.edit_condition.output_tokens == 0
     assert not result.used_fallback
     derived = edit(editor)
-    assert derived.guidance.output_tokens == SHORT.max_new_tokens
+    assert derived.edit_condition.output_tokens == SHORT.max_new_tokens
     assert not np.array_equal(pixels(result.image), pixels(derived.image))
 
 
@@ -92,12 +109,12 @@ def test_the_result_tells_how_it_came_about(editor: Editor, random_bundle: Bundl
     result = edit(editor, seed=7, sampler="ddim")
     assert (result.seed, result.settings.steps, result.settings.sampler) == (7, 2, "ddim")
     assert result.settings.guidance_scale == random_bundle.config.defaults.guidance_scale
-    assert result.guidance.bundle == random_bundle.identity
+    assert result.edit_condition.bundle == random_bundle.identity
     assert result.bundle.trained is False
     assert set(result.timings_s) == {"derive", "render"}
     assert all(seconds > 0 for seconds in result.timings_s.values())
-    assert result.guidance.image_tokens == 64
-    assert result.guidance.prompt_tokens > 10
+    assert result.edit_condition.image_tokens == 64
+    assert result.edit_condition.prompt_tokens > 10
 
 
 def test_a_fallback_is_reported(editor: Editor) -> None:
@@ -120,7 +137,7 @@ def test_saving_writes_metadata_that_reads_back(editor: Editor, tmp_path: Path, 
     assert Image.open(io.BytesIO(content)).format == format_name
     metadata = read_metadata(content)
     assert metadata["seed"] == "11"
-    assert metadata["bundle"] == result.guidance.bundle
+    assert metadata["bundle"] == result.edit_condition.bundle
     assert metadata["description"] == AI_EDITED
     assert metadata["software"]
     if format_name == "PNG":

@@ -11,14 +11,14 @@ from numpy.random import Generator
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from mgie.diffusion import LatentCodec
-from mgie.pretraining import clip, corpus, vae
-from mgie.pretraining.corpus import Corpus
-from mgie.pretraining.editor import add_visual_tokens
-from mgie.pretraining.head import learn_head
-from mgie.pretraining.llava import new_llava
-from mgie.pretraining.loop import Course, learn
-from mgie.pretraining.words import clip_tokenizer, llama_tokenizer, t5_tokenizer
+from mgie.model.diffusion import LatentVAE
+from mgie.tiny.pretraining import clip, corpus, vae
+from mgie.tiny.pretraining.bundles import add_visual_tokens
+from mgie.tiny.pretraining.corpus import Corpus
+from mgie.tiny.pretraining.edit_head import learn_head
+from mgie.tiny.pretraining.llava import new_llava
+from mgie.tiny.pretraining.loop import LoopConfig, fit
+from mgie.tiny.pretraining.tokenizers import clip_tokenizer, llama_tokenizer, t5_tokenizer
 from mgie.tiny.world import make_sample
 
 TEXTS = ["make it night", "the red house would be blue", "a tree, a lamp and a green house on a meadow", "night!"] * 9
@@ -62,8 +62,8 @@ class _StoppedError(Exception):
 def test_a_stopped_stage_ends_with_the_weights_of_an_undisturbed_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mgie.pretraining.loop._SECONDS_BETWEEN_SAVES", 0)
-    course = Course(steps=12, batch=4, lr=1e-2, seed=3)
+    monkeypatch.setattr("mgie.tiny.pretraining.loop._SECONDS_BETWEEN_SAVES", 0)
+    loop = LoopConfig(steps=12, batch=4, lr=1e-2, seed=3)
 
     def model() -> nn.Module:
         torch.manual_seed(0)
@@ -79,10 +79,10 @@ def test_a_stopped_stage_ends_with_the_weights_of_an_undisturbed_one(
             if calls == stop_at:
                 raise _StoppedError
             calls += 1
-            inputs = torch.from_numpy(rng.standard_normal((course.batch, 3))).float() + 0.1 * torch.randn(4, 3)
+            inputs = torch.from_numpy(rng.standard_normal((loop.batch, 3))).float() + 0.1 * torch.randn(4, 3)
             return {"loss": (trained(inputs) - inputs.sum(1, keepdim=True)).square().mean()}
 
-        learn(trained, course, loss, state, log=tmp_path / "log.jsonl")
+        fit(trained, loop, loss, state, log=tmp_path / "log.jsonl")
         return {name: value.clone() for name, value in trained.state_dict().items()}
 
     whole = run(model(), tmp_path / "whole.safetensors")
@@ -96,29 +96,29 @@ def test_a_stopped_stage_ends_with_the_weights_of_an_undisturbed_one(
 def test_the_vae_s_latents_have_mean_zero_and_variance_one_and_decode_as_before(samples: Corpus) -> None:
     torch.manual_seed(1)
     model = vae.new_vae().eval()
-    codec = LatentCodec(model)
+    latent_vae = LatentVAE(model)
     pixels = vae.to_signed_batch(samples.sources(np.arange(6)))
     with torch.no_grad():
-        mean, logvar = codec.moments(pixels)
+        mean, logvar = latent_vae.moments(pixels)
         spread = (0.5 * logvar).exp() / mean.std(dim=(0, 2, 3), keepdim=True)
-        before = codec.decode(mean * codec.scaling_factor)
+        before = latent_vae.decode(mean * latent_vae.scaling_factor)
         vae._standardize(model, mean)
-        mean, logvar = codec.moments(pixels)
+        mean, logvar = latent_vae.moments(pixels)
         torch.testing.assert_close(mean.mean(dim=(0, 2, 3)), torch.zeros(8), atol=1e-4, rtol=0)
         torch.testing.assert_close(mean.std(dim=(0, 2, 3)), torch.ones(8), atol=1e-3, rtol=0)
         torch.testing.assert_close((0.5 * logvar).exp(), spread, rtol=1e-3, atol=1e-5)
-        torch.testing.assert_close(codec.decode(mean * codec.scaling_factor), before, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(latent_vae.decode(mean * latent_vae.scaling_factor), before, atol=1e-3, rtol=1e-3)
 
 
 def test_stages_learn_from_the_corpus(samples: Corpus, tmp_path: Path) -> None:
-    course = dataclasses.replace(vae.COURSE, steps=2, batch=2)
-    made = vae.learn_vae(samples, tmp_path / "vae.safetensors", course=course)
-    torch.manual_seed(course.seed)
+    loop = dataclasses.replace(vae.LOOP, steps=2, batch=2)
+    made = vae.learn_vae(samples, tmp_path / "vae.safetensors", loop=loop)
+    torch.manual_seed(loop.seed)
     first = vae.new_vae().state_dict()
     assert any(not torch.equal(value, first[name]) for name, value in made.state_dict().items())
     tokenizer = clip_tokenizer(TEXTS, 60)
-    course = dataclasses.replace(clip.COURSE, steps=1, batch=4)
-    model = clip.learn_clip(samples, tokenizer, tmp_path / "clip.safetensors", course=course)
+    loop = dataclasses.replace(clip.LOOP, steps=1, batch=4)
+    model = clip.learn_clip(samples, tokenizer, tmp_path / "clip.safetensors", loop=loop)
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
@@ -133,7 +133,7 @@ def test_the_edit_head_learns_what_the_text_encoder_says(samples: Corpus, tmp_pa
     log = tmp_path / "log.jsonl"
     learn_head(
         samples, llava=llava, tokenizer=tokenizer, head=edit_head, text_encoder=encoder, text_tokenizer=text_tokenizer,
-        state_file=tmp_path / "state.safetensors", course=Course(steps=51, batch=2, lr=3e-3), log=log,
+        state_file=tmp_path / "state.safetensors", loop=LoopConfig(steps=51, batch=2, lr=3e-3), log=log,
     )  # fmt: skip
     first, *_, last = [json.loads(line)["distance"] for line in log.read_text().splitlines()]
     assert last < 0.8 * first

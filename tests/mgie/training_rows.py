@@ -9,15 +9,15 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from mgie.batches import StepLoader
-from mgie.checkpoint import Bundle
+from mgie.bundle.bundle import Bundle
 from mgie.config import TrainingConfig
-from mgie.examples import TRAIN_FILE, Examples, freeze_examples
-from mgie.ledger import LEDGER_SCHEMA
-from mgie.model import DiffusionHalf
-from mgie.order import MixedOrder
-from mgie.trainer import StepRecord, Trainer
-from mgie.training import load_training_model
+from mgie.data.examples import TRAIN_FILE, Examples, freeze_examples
+from mgie.data.ledger import LEDGER_SCHEMA
+from mgie.data.loader import StepLoader
+from mgie.data.order import MixedOrder
+from mgie.model.mgie import LatentDiffusion
+from mgie.training.trainer import StepRecord, Trainer
+from mgie.training.variants import load_training_model
 
 WORDS = ["make it night", "add a red balloon above the house", "winter", "turn the day into dusk, and warm"]
 
@@ -59,7 +59,7 @@ def make_trainer(
     rank: int = 0,
     world_size: int = 1,
     on_step: Callable[[StepRecord], None] | None = None,
-    change: Callable[[DiffusionHalf], None] | None = None,
+    change: Callable[[LatentDiffusion], None] | None = None,
 ) -> Trainer:
     """A trainer on the CPU; `change` may alter the model before it is wrapped."""
     torch.manual_seed(0)

@@ -1,4 +1,7 @@
-"""What the tests and the benchmark of killed jobs share: a private cluster, drawn rows, an endpoint that counts."""
+"""What the tests and the benchmark of killed jobs share: a private cluster, drawn rows, an endpoint that counts.
+
+Every wait is for a condition. The times are guards against a job that hangs, far beyond what a slow machine takes.
+"""
 
 import hashlib
 import json
@@ -15,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
@@ -25,8 +29,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from mgie.ledger import MANIFEST_SCHEMA, count_ledger, read_ledger, row_id, to_table, write_images_root
-from pipelines.storage import Folder, open_folder
+from mgie.data.ledger import MANIFEST_SCHEMA, count_ledger, read_ledger, row_id, to_table, write_images_root
+from mgie.storage.folder import Folder, open_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB = ROOT / "pipelines" / "summarize.py"
@@ -48,6 +52,7 @@ _WORDS = [
     "house",
 ]
 _NUM_IMAGES = 16
+GUARD_S = 900.0
 
 
 # ---- rows
@@ -124,6 +129,9 @@ class Endpoint:
 
     service_s: float
     asked: list[str] = field(default_factory=list)
+    most: int | None = None
+    "questions that it answers; whoever asks more waits until `answer_to` allows it"
+    _changed: threading.Condition = field(default_factory=threading.Condition)
 
     def __enter__(self) -> Self:
         endpoint = self
@@ -134,7 +142,10 @@ class Endpoint:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 question = body["messages"][0]["content"][1]["text"]
-                endpoint.asked.append(question)
+                with endpoint._changed:
+                    endpoint.asked.append(question)
+                    number = len(endpoint.asked)
+                    endpoint._changed.wait_for(lambda: endpoint.most is None or number <= endpoint.most)
                 time.sleep(endpoint.service_s)
                 message = {"content": answer(question)}
                 usage = {"prompt_tokens": len(question), "completion_tokens": 20}
@@ -157,20 +168,21 @@ class Endpoint:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.answer_to(None)
         self._server.shutdown()
         self._server.server_close()
 
-    def settled(self) -> int:
-        """Questions asked, once nobody asks any more."""
-        count, since = len(self.asked), time.monotonic()
-        while time.monotonic() - since < 1.5:
-            time.sleep(0.1)
-            if len(self.asked) != count:
-                count, since = len(self.asked), time.monotonic()
-        return count
+    def answer_to(self, most: int | None) -> None:
+        """Answers so many questions and no more; None = all."""
+        with self._changed:
+            self.most = most
+            self._changed.notify_all()
 
 
 # ---- the cluster and the job
+
+# How the titles of a job's processes begin that do something.
+_WORKING = ("ray::Map", "ray::RayTrainWorker", "ray::TrainController")
 
 
 @dataclass(frozen=True)
@@ -194,39 +206,82 @@ class Cluster:
                     continue
         return found
 
+    def settle(self) -> None:
+        """Waits until nothing of a killed job works any more."""
+        wait_for(lambda: not any(map(self.workers, _WORKING)), "the end of a killed job's workers")
+
+
+# Ray's own patience with its processes, which on a slow machine take longer to start and to answer.
+PATIENCE = {
+    "RAY_agent_register_timeout_ms": "900000",
+    "RAY_worker_register_timeout_seconds": "900",
+    "RAY_health_check_failure_threshold": "100",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "900",
+}
+_STARTED = "Ray runtime started"
+_STARTS = 20
+
 
 @contextmanager
-def private_cluster(num_cpus: int) -> Iterator[Cluster]:
-    """A cluster of one node on this machine, without dashboard; stopped at the end, and nothing else is."""
-    folder = Path(tempfile.mkdtemp(prefix="mgie-ray-"))  # short: paths of sockets are limited to about 100 bytes
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def private_cluster(num_cpus: int, *, dashboard_port: int | None = None) -> Iterator[Cluster]:
+    """A cluster of one node on this machine; stopped at the end, and nothing else is.
+
+    Args:
+        dashboard_port: Of a dashboard, which takes jobs that bring their own code: its workers find none here.
+    """
     env = {
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+        **PATIENCE,
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }
+    dashboard = "--include-dashboard false"
+    if dashboard_port is not None:
+        dashboard = f"--include-dashboard true --dashboard-host 127.0.0.1 --dashboard-port {dashboard_port}"
+        del env["PYTHONPATH"]
+    said = ""
+    for _ in range(_STARTS):  # Ray itself gives up what takes more than half a minute
+        with _starting(f"--num-cpus {num_cpus} {dashboard}", env) as (process, cluster, log):
+            wait_for(partial(_has_started_or_ended, process, log), "the cluster's start")
+            said = log.read_text()
+            if process.poll() is None:
+                yield cluster
+                return
+    raise RuntimeError(f"the cluster did not start:\n{said}")
+
+
+def _has_started_or_ended(process: "subprocess.Popen[bytes]", log: Path) -> bool:
+    return _STARTED in log.read_text() or process.poll() is not None
+
+
+@contextmanager
+def _starting(flags: str, env: dict[str, str]) -> Iterator[tuple["subprocess.Popen[bytes]", Cluster, Path]]:
+    """The process that starts and holds a cluster, and the file to which it talks."""
+    folder = Path(tempfile.mkdtemp(prefix="mgie-ray-"))  # short: paths of sockets are limited to about 100 bytes
+    with socket.socket() as free, socket.socket() as another:
+        free.bind(("127.0.0.1", 0))
+        another.bind(("127.0.0.1", 0))
+        port, agent_port = free.getsockname()[1], another.getsockname()[1]
     command = (
-        f"start --head --block --node-ip-address 127.0.0.1 --port {port} --num-cpus {num_cpus} --temp-dir {folder} "
-        "--include-dashboard false --object-store-memory 300000000 --min-worker-port 0 --max-worker-port 0"
+        f"start --head --block --node-ip-address 127.0.0.1 --port {port} --temp-dir {folder} {flags} "
+        f"--dashboard-agent-listen-port {agent_port} "
+        "--object-store-memory 300000000 --min-worker-port 0 --max-worker-port 0"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ray.scripts.scripts", *command.split()],
-        env=env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    log = folder / "start.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-u", "-m", "ray.scripts.scripts", *command.split()],
+            env=env,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
-        env = {**env, "RAY_ADDRESS": f"127.0.0.1:{port}"}
-        _wait(lambda: _listens(port), timeout_s=60, what="the cluster's start")
-        yield Cluster(env, folder)
+        yield process, Cluster({**env, "RAY_ADDRESS": f"127.0.0.1:{port}"}, folder), log
     finally:
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-        for member in family:
+        for member in _family(process, folder):
             try:
                 member.kill()
             except psutil.NoSuchProcess:
@@ -235,17 +290,22 @@ def private_cluster(num_cpus: int) -> Iterator[Cluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+def _family(process: "subprocess.Popen[bytes]", folder: Path) -> list[psutil.Process]:
+    """The process and all below it; if it has ended, what is left of its cluster."""
+    if process.poll() is None:
+        parent = psutil.Process(process.pid)
+        return [*parent.children(recursive=True), parent]
+    left = psutil.process_iter(["cmdline"])
+    return [one for one in left if any(str(folder) in part for part in one.info["cmdline"] or [])]
 
 
-def _wait(is_so: Callable[[], bool], *, timeout_s: float, what: str) -> None:
-    deadline = time.monotonic() + timeout_s
+def wait_for(is_so: Callable[[], bool], what: str) -> None:
+    """Returns when it is so."""
+    deadline = time.monotonic() + GUARD_S
     while not is_so():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {timeout_s:.0f} s for {what}")
-        time.sleep(0.05)
+            raise TimeoutError(f"waited {GUARD_S:.0f} s for {what}")
+        time.sleep(0.1)
 
 
 class Job:
@@ -278,11 +338,11 @@ class Job:
     def output(self) -> str:
         return self._log.read_text()
 
-    def finish(self, timeout_s: float = 600) -> tuple[int, str]:
+    def finish(self, timeout_s: float = GUARD_S) -> tuple[int, str]:
         """Exit status and output."""
         return self.process.wait(timeout_s), self.output()
 
-    def wait_until(self, is_so: Callable[[], bool], what: str, timeout_s: float = 300) -> None:
+    def wait_until(self, is_so: Callable[[], bool], what: str) -> None:
         """Waits for something that the running job brings about."""
 
         def is_it() -> bool:
@@ -290,7 +350,7 @@ class Job:
                 raise AssertionError(f"the job ended before {what}:\n{self.output()}")
             return is_so()
 
-        _wait(is_it, timeout_s=timeout_s, what=what)
+        wait_for(is_it, what)
 
 
 # ---- killing
@@ -320,7 +380,8 @@ def run_with_kills(
 ) -> Chaos:
     """Runs the command to its end, killing its driver at random points, then in its last run workers and actors.
 
-    Points are numbers of questions asked (without an endpoint: of rows written), so that a kill hits a job at work.
+    Points are numbers of questions asked (without an endpoint: of rows written). The endpoint answers no more than
+    that many until the kill has come, so a kill hits a job at work however slow the machine is.
     """
     chaos, rng = Chaos(), random.Random(seed)
     num_lost = 0
@@ -329,15 +390,22 @@ def run_with_kills(
     def progress() -> int:
         return len(endpoint.asked) if endpoint else num_described(out)
 
+    def stop_at(point: int | None) -> None:
+        if endpoint:
+            endpoint.answer_to(point)
+
     for kill in range(driver_kills):
         with Job(flags, cluster.env, cwd=cwd) as job:
             # Somewhere in the kill's share of the first two thirds of what is to do.
             share = (num_good * 2 / 3 - num_described(out)) / (driver_kills - kill)
             point = progress() + max(1, round(share * rng.uniform(0.6, 1.3)))
+            stop_at(point)
             job.wait_until(lambda point=point: progress() >= point, f"row {point}")
             job.kill()
+            cluster.settle()
+            stop_at(None)
             if endpoint:
-                asked = endpoint.settled() - before
+                asked = len(endpoint.asked) - before
                 chaos.lost_per_driver_kill.append(asked - num_described(out) - num_lost)
                 num_lost = asked - num_described(out)
             assert num_described(out) < num_good, "the kill came when all was done"
@@ -347,11 +415,13 @@ def run_with_kills(
         left = num_good - num_described(out)
         for title in worker_titles:
             point = progress() + left // (len(worker_titles) + 2)
+            stop_at(point)
             job.wait_until(lambda point=point: progress() >= point, f"row {point}")
             job.wait_until(lambda title=title: bool(cluster.workers(title)), f"a process {title}")
             assert job.is_running()
             os.kill(rng.choice(cluster.workers(title)), signal.SIGKILL)
             assert num_described(out) < num_good, "the kill came when all was done"
+            stop_at(None)
             chaos.killed.append(title)
         status, output = job.finish()
         chaos.outputs.append(output)

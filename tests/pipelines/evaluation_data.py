@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from mgie.images import resize
-from mgie.ledger import LEDGER_SCHEMA, MANIFEST_SCHEMA, row_id, to_table, write_images_root
+from mgie.data.ledger import LEDGER_SCHEMA, MANIFEST_SCHEMA, row_id, to_table, write_images_root
+from mgie.images.geometry import resize
+from mgie.storage.folder import open_folder
 from mgie.tiny.world import Sample, make_sample
-from pipelines.scoring import ScoringPlan
-from pipelines.storage import open_folder
+from pipelines.stages.score_rows import ScoringPlan
 
 SIDE_PX = 64
 

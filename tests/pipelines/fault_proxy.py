@@ -36,7 +36,7 @@ class FaultProxy:
                     text = f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode()
                     _answer(handler, fault, {"content-type": "application/xml"}, text)
                     return
-                connection = http.client.HTTPConnection(host, timeout=60)
+                connection = http.client.HTTPConnection(host)
                 headers = {name: value for name, value in handler.headers.items() if name.lower() not in _HOP_HEADERS}
                 headers.pop("Expect", None)
                 connection.request(handler.command, handler.path, body, {**headers, "content-length": str(len(body))})

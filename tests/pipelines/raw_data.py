@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mgie.config import ImageLimits
+from mgie.storage.folder import open_folder
 from pipelines.readers import Columns, Layout, make_reader
-from pipelines.rows import Row, RowMaker
-from pipelines.storage import open_folder
+from pipelines.readers.manifest_rows import Row, RowMaker
 
 IMAGE_CELL = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 

@@ -1,10 +1,6 @@
-"""Filling caches: the stages as plain Python against direct encoding, and the job on a private cluster, killed and continued."""
+"""Filling caches: the stages as plain Python against direct encoding, and the job, cut off and continued."""
 
 import io
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,17 +13,22 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from mgie.bundles import open_bundle
-from mgie.config import BundleConfig, Provenance
+from mgie.bundle.bundle import open_bundle
+from mgie.bundle.record import encoder_identity
+from mgie.config import BundleConfig, CacheKind, Provenance
+from mgie.data.latent_cache import Ids, fetch_cache
+from mgie.data.latent_reader import LatentCache
+from mgie.data.ledger import LEDGER_SCHEMA, to_table, write_images_root
 from mgie.errors import BundleError, ConfigError, DataError
-from mgie.images import PUBLISHED_SIDE_PX, to_signed, training_pixels
-from mgie.latent_cache import CacheKind, Ids, LatentCache, encoder_identity, fetch_cache
-from mgie.ledger import LEDGER_SCHEMA, to_table, write_images_root
+from mgie.images.geometry import PUBLISHED_SIDE_PX, training_pixels
+from mgie.images.pixels import to_signed
+from mgie.storage.folder import Folder, open_folder
 from pipelines import cache as job
-from pipelines.cache import CacheConfig, cache
-from pipelines.caching import CACHED_SCHEMA, EncodeLatents, FetchSquares, cache_spec
-from pipelines.storage import Folder, open_folder
-from tests.pipelines.chaos import ROOT, Cluster, private_cluster
+from pipelines.cache import CacheConfig, cache, main
+from pipelines.stages.encode import EncodeLatents
+from pipelines.stages.squares import CACHED_SCHEMA, FetchSquares, cache_spec
+from tests.pipelines.chaos import ROOT, Cluster
+from tests.pipelines.jobs import cut_after, kill_when, leave_ray_out, run_here, stuck
 
 KINDS: tuple[CacheKind, ...] = ("vae_moments", "clip_features")
 NUM_IMAGES = 6
@@ -82,11 +83,11 @@ def _pixels(rows: list[dict[str, Any]], column: str, side_px: int) -> list[Image
 
 def _moments(rows: list[dict[str, Any]], side_px: int) -> dict[str, torch.Tensor]:
     """The slower reference: as a training step without a cache does it, for one batch."""
-    codec = open_bundle("random").load_codec()
+    vae = open_bundle("random").load_vae()
     source, goal = (torch.stack(list(map(to_signed, _pixels(rows, column, side_px)))) for column in ("source", "goal"))
     with torch.no_grad():
-        mean, logvar = codec.moments(goal)
-        return {"source_mean": codec.condition_latents(source), "goal_mean": mean, "goal_logvar": logvar}
+        mean, logvar = vae.moments(goal)
+        return {"source_mean": vae.condition_latents(source), "goal_mean": mean, "goal_logvar": logvar}
 
 
 def _features(rows: list[dict[str, Any]]) -> torch.Tensor:
@@ -198,35 +199,11 @@ def test_large_features_must_be_confirmed(tmp_path: Path, monkeypatch: pytest.Mo
 # ---- the job
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    with pytest.MonkeyPatch.context() as patch:  # its workers inherit the credentials of the fixture `s3`
-        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        with private_cluster(num_cpus=2) as started:
-            yield started
-
-
-def _start(cluster: Cluster, folder: str, out: str, *flags: str) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        str(ROOT / "pipelines" / "cache.py"),
-        "--bundle",
-        "random",
-        "--ledger",
-        f"{folder}/ledger",
-        "--out",
-        out,
-    ]
-    command += ["--device", "cpu", "--image-side-px", "64", "--rows-per-shard", "4", "--encode.batch-size", "4", *flags]
-    return subprocess.Popen(command, env=cluster.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def _run(cluster: Cluster, folder: str | Path, out: str | Path, *flags: str) -> tuple[int, str]:
-    process = _start(cluster, str(folder), str(out), *flags)
-    text, _ = process.communicate(timeout=150)
-    return process.returncode, " ".join(text.split())
+def _flags(folder: str | Path, out: str | Path, *more: str) -> list[str]:
+    flags = ["--bundle", "random", "--ledger", f"{folder}/ledger", "--out", str(out), "--device", "cpu"]
+    # Of two CPUs there is room for one process that reads, beside the one that encodes.
+    flags += ["--encode.num-cpus", "1.5", "--encode.batch-size", "4"]
+    return [*flags, "--image-side-px", "64", "--rows-per-shard", "4", *more]
 
 
 def _shards(out: Path) -> dict[Path, bytes]:
@@ -234,29 +211,33 @@ def _shards(out: Path) -> dict[Path, bytes]:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(300)
-def test_a_killed_job_is_continued_and_the_cache_is_what_training_would_encode(
-    cluster: Cluster, tmp_path: Path
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("is_killed", [False, pytest.param(True, marks=pytest.mark.endure)])
+def test_a_job_that_was_cut_off_is_continued_and_the_cache_is_what_training_would_encode(
+    cluster: Cluster, tmp_path: Path, is_killed: bool
 ) -> None:
-    num_rows, out = 160, tmp_path / "out"
+    num_rows, out = 160 if is_killed else 20, tmp_path / "out"
     rows = _rows(num_rows)
     _write_ledger(open_folder(tmp_path), rows)
-    process = _start(cluster, str(tmp_path), str(out))
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not _shards(out):
-        assert process.poll() is None, process.stdout.read() if process.stdout else ""
-        time.sleep(0.02)
-    process.kill()
-    process.communicate()
-    before: dict[Path, bytes] = {}
-    while before != (before := _shards(out)):  # until the job's workers are gone, too
-        time.sleep(2)
+    flags = _flags(tmp_path, out)
+    if is_killed:
+        # Each image is one of many rows, so the last row gets one of its own.
+        rows[-1]["goal"] = "images/last.png"
+        _photo(NUM_IMAGES).save(tmp_path / "images" / "last.png")
+        _write_ledger(open_folder(tmp_path), rows)
+        with stuck(tmp_path / "images" / "last.png"):
+            kill_when(flags, cluster, ROOT / "pipelines" / "cache.py", tmp_path, lambda: bool(_shards(out)))
+    else:
+        with pytest.MonkeyPatch.context() as patch, cut_after(2):
+            leave_ray_out(patch)
+            run_here(main, flags)
+    before = _shards(out)
     num_left = num_rows - sum(len(content) for content in before.values()) // 8
-    assert 0 < num_left < num_rows, "the kill was to hit a running job"
+    assert 0 < num_left < num_rows
     with pytest.raises(DataError, match="not finished"):
         _open(out, "vae_moments", _ids(rows), 64)
 
-    status, text = _run(cluster, tmp_path, out)
+    status, text = run_here(main, flags)
     assert status == 0, text
     assert f"{num_left} rows to encode" in text
     after = _shards(out)
@@ -265,32 +246,32 @@ def test_a_killed_job_is_continued_and_the_cache_is_what_training_would_encode(
     assert sorted(path.name for path in out.iterdir()) == ["run.json", "vae_moments"]
 
     opened = _open(out, "vae_moments", _ids(rows), 64)
-    for some in (rows[:4], rows[77:81]):
+    for some in (rows[:4], rows[num_rows - 7 : num_rows - 3]):
         found, expected = opened.moments(_ids(some).tolist()), _moments(some, 64)
         for name, values in expected.items():
             torch.testing.assert_close(getattr(found, name), values, rtol=0, atol=5e-6)
 
-    status, text = _run(cluster, tmp_path, out)
+    status, text = run_here(main, flags)
     assert status == 0, text
     assert "0 rows to encode" in text
     assert _shards(out) == after
-    same = {"image_side_px": 64, "rows_per_shard": 4}  # refused in this process, before Ray is started
+    same = {"image_side_px": 64, "rows_per_shard": 4}  # refused before Ray is joined
     for other in ({"image_side_px": 72}, {"dtype": "float16"}, {"what": "both"}):
         with pytest.raises(ConfigError, match=r"holds another run: .*caches"):
             cache(_config(tmp_path, **same | other))
 
 
-@pytest.mark.ray
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("ray_or_not")
 def test_a_cache_in_an_object_store_grows_with_another_ledger_and_is_copied(
-    cluster: Cluster, s3: str, s3_server: str, tmp_path: Path
+    s3: str, s3_server: str, tmp_path: Path
 ) -> None:
     first, second = _rows(10), _rows(15, first=5)
     _write_ledger(open_folder(f"{s3}/first"), first)
     _write_ledger(open_folder(f"{s3}/second"), second)
     flags = ("--what", "both", "--dtype", "float16", "--endpoint", s3_server)
     for name, num_rows in (("first", 10), ("second", 10)):
-        status, text = _run(cluster, f"{s3}/{name}", f"{s3}/out", *flags)
+        status, text = run_here(main, _flags(f"{s3}/{name}", f"{s3}/out", *flags))
         assert status == 0, text
         assert f"{num_rows} rows to encode" in text
     out = open_folder(f"{s3}/out")
@@ -305,13 +286,13 @@ def test_a_cache_in_an_object_store_grows_with_another_ledger_and_is_copied(
         torch.testing.assert_close(found, expected, rtol=2**-11, atol=1e-5)
 
 
-@pytest.mark.ray
-@pytest.mark.timeout(300)
-def test_an_image_that_cannot_be_read_ends_the_job_and_names_its_row(cluster: Cluster, tmp_path: Path) -> None:
+@pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("ray_or_not")
+def test_an_image_that_cannot_be_read_ends_the_job_and_names_its_row(tmp_path: Path) -> None:
     rows = _rows(12)
     rows[7]["goal"] = "images/none.png"
     _write_ledger(open_folder(tmp_path), rows)
-    status, text = _run(cluster, tmp_path, tmp_path / "out")
+    status, text = run_here(main, _flags(tmp_path, tmp_path / "out"))
     assert status == 2
     assert f"error: goal of row {rows[7]['id']} (images/none.png) cannot be read" in text
     assert not list((tmp_path / "out").rglob("cache.json"))

@@ -1,23 +1,26 @@
 """The comparison: every variant's stages, and verdicts against values that are known."""
 
 import json
+import runpy
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from mgie.bundles import open_bundle
-from mgie.checkpoint import Bundle
+from mgie.bundle.bundle import Bundle, open_bundle
+from mgie.data.ledger import to_table
 from mgie.errors import DataError
-from mgie.ledger import to_table
-from mgie.metrics import METRICS
+from mgie.evaluation.metrics import METRICS
 from pipelines.compare import CLAIMS, VARIANTS, CompareConfig, compare, stages
-from pipelines.comparison_report import markdown, plot
-from pipelines.recipe import folders, make
-from pipelines.scoring import SCORES_SCHEMA
+from pipelines.reports.compare import markdown, plot
+from pipelines.runs.recipe import folders, make
+from pipelines.stages.score_rows import SCORES_SCHEMA
 
 L1 = {"ip2p": 0.30, "ft": 0.25, "fz": 0.31, "lgie": 0.29, "e2e": 0.20, "e2e without L_ins": 0.20}
 NUM_ROWS = 60
@@ -62,7 +65,19 @@ def test_every_variant_trains_from_the_same_and_is_scored_on_the_same() -> None:
     assert found["scores-fz-0"].needs == ("test-ledger", "ip2p-bundle")
 
 
-def test_it_can_begin_with_the_models_that_ship(tmp_path: Path) -> None:
+def test_it_can_begin_with_the_models_that_ship(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_here(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        """Not as a process: each would import torch anew."""
+        executable, option, module, *arguments = command
+        assert (executable, option) == (sys.executable, "-m")
+        monkeypatch.setattr(sys, "argv", [module, *arguments])
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            return subprocess.CompletedProcess(command, int(end.code or 0))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr("pipelines.runs.recipe.subprocess.run", run_here)
     trained, taken = stages(CompareConfig()), stages(CompareConfig(shipped=True))
     names = [name for name in trained if trained[name] != taken[name]]
     assert sorted(names) == ["llava", "summarizer", "vae"]

@@ -1,11 +1,6 @@
-"""Bulk edits: the stage as plain Python, and the job on a private local cluster, killed and continued."""
+"""Bulk edits: the stage as plain Python, and the job on a cluster, killed and continued."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +9,16 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from mgie.data.ledger import EDITS_SCHEMA, rejection_code, to_table
 from mgie.editor import Editor
 from mgie.errors import ConfigError, DataError
-from mgie.images import read_image, read_metadata
-from mgie.ledger import EDITS_SCHEMA, rejection_code, to_table
-from pipelines.edit import EditConfig, _edits, _plan, _read_source
-from pipelines.editing import TRAVELLING_EDITS_SCHEMA, EditImages
-from pipelines.stages import FetchSources
-from pipelines.storage import open_folder
+from mgie.images.files import read_image, read_metadata
+from mgie.storage.folder import open_folder
+from pipelines.edit import EditConfig, _edits, _plan, _read_source, main
+from pipelines.stages.edit import EditImages
+from pipelines.stages.fetch import EDIT_ROW_SCHEMA, FetchSources
+from tests.pipelines.chaos import ROOT, Cluster
+from tests.pipelines.jobs import kill_when, run_here, stuck
 
 SETTINGS = {"steps": 2}
 
@@ -41,7 +38,7 @@ def test_the_stage_edits_each_row_as_the_editor_does(tmp_path: Path) -> None:
     photos = _photos(tmp_path / "in", 4)
     (photos / "03.png").write_bytes(b"broken")
     folder, rows = _read_source(_config(source=str(photos), steps=2))
-    fetched = FetchSources(folder, column="image", schema=TRAVELLING_EDITS_SCHEMA)(to_table(rows, EDITS_SCHEMA))
+    fetched = FetchSources(folder, column="image", schema=EDIT_ROW_SCHEMA)(to_table(rows, EDITS_SCHEMA))
     stage = EditImages("random", settings=SETTINGS, output_format="png", batch_size=8, device="cpu", dtype="auto")
     done = stage(fetched).to_pylist()
     assert [row["status"] for row in done] == ["ok", "ok", "ok", "rejected"]
@@ -119,44 +116,33 @@ def test_only_failed_edits_are_tried_again(tmp_path: Path) -> None:
     assert [(row["id"], row["attempt"]) for row in pending] == [(rows[3]["id"], 1), (rows[1]["id"], 2)]
 
 
-def _run(photos: Path, out: Path, *flags: str) -> subprocess.Popen[str]:
-    root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, str(root / "pipelines" / "edit.py"), str(photos), "make it night", "--out", str(out)]
-    command += ["--bundle", "random", "--steps", "2", "--rows-per-commit", "2", "--device", "cpu", *flags]
-    environment = os.environ | {"RAY_ADDRESS": "local", "PYTHONPATH": str(root), "RAY_AUTH_MODE": "disabled"}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-
-
 @pytest.mark.ray
-@pytest.mark.timeout(300)
-def test_a_killed_job_is_continued_by_the_same_command(tmp_path: Path) -> None:
-    photos, out = _photos(tmp_path / "in", 24), tmp_path / "out"
-    (photos / "99.png").write_bytes(b"broken")
-    job = _run(photos, out)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list(out.glob("part-*.parquet")):
-        assert job.poll() is None, job.stdout.read() if job.stdout else ""
-        time.sleep(0.02)
-    os.killpg(job.pid, signal.SIGKILL)
-    job.wait()
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("num_photos", [8, pytest.param(24, marks=pytest.mark.endure)])
+def test_a_killed_job_is_continued_by_the_same_command(cluster: Cluster, tmp_path: Path, num_photos: int) -> None:
+    photos, out = _photos(tmp_path / "in", num_photos), tmp_path / "out"
+    (photos / "98.png").write_bytes(b"broken")
+    (photos / "99.png").write_bytes((photos / "00.png").read_bytes())
+    flags = [photos, "make it night", "--out", out, "--bundle", "random", "--steps", "2", "--rows-per-commit", "2"]
+    # Of two CPUs there is room for one process that reads, beside the one that edits.
+    flags += ["--device", "cpu", "--edit.num-cpus", "1.75"]
+    with stuck(photos / "99.png"):
+        script = ROOT / "pipelines" / "edit.py"
+        kill_when(flags, cluster, script, tmp_path, lambda: bool(list(out.glob("part-*.parquet"))))
     before = {path: path.read_bytes() for path in out.glob("part-*.parquet")}
-    assert 0 < len(before) < 13, "the kill was to hit a running job"
+    assert 0 < len(before) < num_photos // 2 + 1
 
-    again = _run(photos, out)
-    text, _ = again.communicate(timeout=150)
-    assert again.returncode == 1, text  # one photo cannot be read
-    assert "1 rejected (1 bad_image)" in " ".join(text.split())
+    status, text = run_here(main, flags)
+    assert status == 1, text  # one photo cannot be read
+    assert "1 rejected (1 bad_image)" in text
     rows = [row for path in out.glob("part-*.parquet") for row in pq.read_table(path).to_pylist()]
-    assert len(rows) == len({row["id"] for row in rows}) == 25
+    assert len(rows) == len({row["id"] for row in rows}) == num_photos + 2
     assert all(path.read_bytes() == content for path, content in before.items())
     for row in rows:
         if row["status"] == "ok":
             with Image.open(photos / row["image"]) as source, Image.open(out / row["edited"]) as edited:
                 assert edited.size == source.size
 
-    third = _run(photos, out)
-    text, _ = third.communicate(timeout=100)
-    assert third.returncode == 0, text
+    status, text = run_here(main, flags)
+    assert status == 0, text
     assert "0 edits to do" in text

@@ -1,26 +1,23 @@
-"""The job: before it starts in this process, then on a private cluster, killed and continued."""
+"""The job: before it starts, then cut off and continued."""
 
 import json
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
+from mgie.data.ledger import to_table
 from mgie.errors import BundleError, ConfigError, DataError
-from mgie.ledger import to_table
-from pipelines.evaluate import EvaluateConfig, _plan, evaluate
-from pipelines.evaluation_rows import read_rows
-from pipelines.scores_report import REPORT_HTML, REPORT_JSON, REPORT_MD, SWEEP_SVG
-from pipelines.scoring import SCORES_SCHEMA
-from pipelines.storage import open_folder
+from mgie.storage.folder import open_folder
+from pipelines import edit
+from pipelines.evaluate import EvaluateConfig, _plan, evaluate, main
+from pipelines.reports.evaluate import REPORT_HTML, REPORT_JSON, REPORT_MD, SWEEP_SVG
+from pipelines.stages.score_rows import SCORES_SCHEMA, read_rows
 from tests.mgie.networks import write_clip, write_dino
-from tests.pipelines.chaos import ROOT, Cluster, private_cluster
+from tests.pipelines.chaos import ROOT, Cluster
 from tests.pipelines.evaluation_data import drawn_rows, session_rows, write_manifest
+from tests.pipelines.jobs import cut_after, kill_when, leave_ray_out, run_here, stuck
 
 REPORTS = (REPORT_JSON, REPORT_MD, REPORT_HTML)
 
@@ -90,22 +87,10 @@ def test_only_failed_rows_are_tried_again(tmp_path: Path) -> None:
 # ---- the job
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    with private_cluster(num_cpus=2) as started:
-        yield started
-
-
-def _start(cluster: Cluster, ledger: Path, out: Path, *flags: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "pipelines" / "evaluate.py"), "--ledger", str(ledger), "--out", str(out)]
-    command += ["--bundle", "random", "--device", "cpu", "--steps", "2", "--rows-per-commit", "2", *flags]
-    return subprocess.Popen(command, env=cluster.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def _run(cluster: Cluster, ledger: Path, out: Path, *flags: str) -> tuple[int, str]:
-    process = _start(cluster, ledger, out, *flags)
-    text, _ = process.communicate(timeout=180)
-    return process.returncode, " ".join(text.split())
+def _flags(ledger: Path, out: Path, *more: str) -> list[str]:
+    flags = ["--ledger", str(ledger), "--out", str(out), "--bundle", "random", "--device", "cpu", "--steps", "2"]
+    # Of two CPUs there is room for one process that reads, beside the one that scores.
+    return [*flags, "--rows-per-commit", "2", "--score.num-cpus", "1.75", *more]
 
 
 def _reports(out: Path) -> list[bytes]:
@@ -113,38 +98,44 @@ def _reports(out: Path) -> list[bytes]:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(600)
-def test_a_killed_job_is_continued_and_gives_the_same_report(cluster: Cluster, tmp_path: Path) -> None:
-    rows = drawn_rows(tmp_path, 40)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("is_killed", [False, pytest.param(True, marks=pytest.mark.endure)])
+def test_a_job_that_was_cut_off_is_continued_and_gives_the_same_report(
+    cluster: Cluster, tmp_path: Path, is_killed: bool
+) -> None:
+    num_rows = 40 if is_killed else 8
+    rows = drawn_rows(tmp_path, num_rows)
     (tmp_path / rows[3]["goal"]).write_bytes(b"broken")
     ledger = write_manifest(tmp_path, rows)
     flags = ["--by", "kind", "--clip", str(write_clip(tmp_path / "clip")), "--dino", str(write_dino(tmp_path / "dino"))]
-    status, text = _run(cluster, ledger, tmp_path / "undisturbed", *flags)
+    status, text = run_here(main, _flags(ledger, tmp_path / "undisturbed", *flags))
     assert status == 1, text
-    assert "39 rows compared, 1 left out (1 bad_image)" in text
+    assert f"{num_rows - 1} rows compared, 1 left out (1 bad_image)" in text
 
     out = tmp_path / "out"
-    job = _start(cluster, ledger, out, *flags)
-    deadline = time.monotonic() + 150
-    while time.monotonic() < deadline and not list(out.glob("part-*.parquet")):
-        assert job.poll() is None, job.stdout.read() if job.stdout else ""
-        time.sleep(0.02)
-    job.kill()
-    job.communicate()
-    before: dict[Path, bytes] = {}
-    while before != (before := {path: path.read_bytes() for path in out.glob("part-*.parquet")}):
-        time.sleep(2)  # until the job's workers are gone, too
-    assert 0 < len(before) < 20, "the kill was to hit a running job"
-    assert not (out / REPORT_JSON).exists()
+    command = _flags(ledger, out, *flags)
+    with pytest.MonkeyPatch.context() as patch:
+        if is_killed:
+            last = max(rows, key=lambda row: row["id"])
+            with stuck(tmp_path / last["source"]):
+                script = ROOT / "pipelines" / "evaluate.py"
+                kill_when(command, cluster, script, tmp_path, lambda: bool(list(out.glob("part-*.parquet"))))
+        else:
+            leave_ray_out(patch)
+            with cut_after(2):
+                run_here(main, command)
+        before = {path: path.read_bytes() for path in out.glob("part-*.parquet")}
+        assert 0 < len(before) < num_rows // 2
+        assert not (out / REPORT_JSON).exists()
 
-    status, text = _run(cluster, ledger, out, *flags)
+        status, text = run_here(main, command)
     assert status == 1, text
-    assert f"{40 - 2 * len(before)} rows to score" in text
+    assert f"{num_rows - 2 * len(before)} rows to score" in text
     assert all(path.read_bytes() == content for path, content in before.items())
     scored = pq.ParquetDataset([str(path) for path in out.glob("part-*.parquet")]).read().to_pylist()
-    assert len({(row["id"], row["setting"]) for row in scored}) == len(scored) == 40 * 3
+    assert len({(row["id"], row["setting"]) for row in scored}) == len(scored) == num_rows * 3
     assert _reports(out) == _reports(tmp_path / "undisturbed")
-    assert len(list((out / "images").iterdir())) == 39
+    assert len(list((out / "images").iterdir())) == num_rows - 1
 
     report = json.loads((out / REPORT_JSON).read_bytes())
     measured = report["tables"][0]["groups"][0]["settings"]["edited"]
@@ -165,45 +156,31 @@ def test_a_killed_job_is_continued_and_gives_the_same_report(cluster: Cluster, t
         evaluate(EvaluateConfig(**(vars(again) | {"steps": 3})))
 
 
-@pytest.mark.ray
-@pytest.mark.timeout(400)
-def test_results_of_bulk_edits_sessions_and_sweeps_are_scored(cluster: Cluster, tmp_path: Path) -> None:
+@pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("ray_or_not")
+def test_results_of_bulk_edits_sessions_and_sweeps_are_scored(tmp_path: Path) -> None:
     ledger = write_manifest(tmp_path, [*session_rows(tmp_path, "s", [1, 2]), *session_rows(tmp_path, "t", [1])])
-    edit = [sys.executable, str(ROOT / "pipelines" / "edit.py"), str(ledger), "--out", str(tmp_path / "edited")]
-    done = subprocess.run(
-        [*edit, "--steps", "2", "--device", "cpu", "--bundle", "random"],
-        env=cluster.env,
-        capture_output=True,
-        text=True,
-        check=False,
+    edited = tmp_path / "edited"
+    status, text = run_here(
+        edit.main, [ledger, "--out", edited, "--steps", "2", "--device", "cpu", "--bundle", "random"]
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    command = [
-        sys.executable,
-        str(ROOT / "pipelines" / "evaluate.py"),
-        "--ledger",
-        str(ledger),
-        "--device",
-        "cpu",
-        "--bundle",
-        "random",
-    ]
-    command += ["--results", str(tmp_path / "edited"), "--out", str(tmp_path / "results")]
-    done = subprocess.run(command, env=cluster.env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert status == 0, text
+    scoring = ["--ledger", ledger, "--device", "cpu", "--bundle", "random"]
+    status, text = run_here(main, [*scoring, "--results", edited, "--out", tmp_path / "results"])
+    assert status == 0, text
     report = json.loads((tmp_path / "results" / REPORT_JSON).read_bytes())
     settings = report["tables"][0]["groups"][0]["settings"]
     assert list(settings) == ["copy", "edited"]
     assert settings["edited"]["l1"]["num"] == 3
     assert (tmp_path / "results" / REPORT_HTML).read_text().count("data:image/jpeg") == 9
 
-    status, text = _run(cluster, ledger, tmp_path / "turns", "--protocol", "multi-turn", "--no-ceiling")
+    status, text = run_here(main, _flags(ledger, tmp_path / "turns", "--protocol", "multi-turn", "--no-ceiling"))
     assert status == 0, text
     assert "2 rows compared, 0 left out" in text
 
     direction = ["--clip-direction", str(write_clip(tmp_path / "clip")), "--sweep-image-guidance", "1", "1.5", "2.2"]
-    rows = drawn_rows(tmp_path, 4)
-    status, text = _run(cluster, write_manifest(tmp_path, rows), tmp_path / "sweep", *direction)
+    rows = drawn_rows(tmp_path, 2)
+    status, text = run_here(main, _flags(write_manifest(tmp_path, rows), tmp_path / "sweep", *direction))
     assert status == 0, text
     report = json.loads((tmp_path / "sweep" / REPORT_JSON).read_bytes())
     assert [point["image_guidance_scale"] for point in report["sweep"]] == [1, 1.5, 2.2]

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from mgie.data.ledger import LEDGER_SCHEMA, to_table, write_images_root
 from mgie.errors import ConfigError, DataError
-from mgie.images import read_image
-from mgie.ledger import LEDGER_SCHEMA, to_table, write_images_root
+from mgie.images.files import read_image
 from pipelines import export as job
 from pipelines.export import ExportConfig, export
 from tests.pipelines.raw_data import picture, read_rows

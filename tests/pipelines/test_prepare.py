@@ -1,17 +1,13 @@
-"""The job on a private local cluster of four (logical) CPUs."""
+"""The job on a cluster of two (logical) CPUs."""
 
 import dataclasses
 import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
-import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +15,16 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
+from mgie.data.ledger import images_root, read_manifest, rejection_code, row_id
 from mgie.errors import ConfigError, DataError
-from mgie.images import read_image
-from mgie.ledger import images_root, read_manifest, rejection_code, resolve_uri, row_id
+from mgie.images.files import read_image
+from mgie.storage.folder import open_folder, resolve_uri
 from mgie.tiny.sample import write_sample
-from pipelines import lease
-from pipelines.lease import hold_lease
-from pipelines.storage import open_folder
+from pipelines.runs import lease
+from pipelines.runs.lease import hold_lease
 from tests.pipelines import raw_data
+from tests.pipelines.chaos import ROOT, Cluster, Job
+from tests.pipelines.jobs import stuck
 from tests.pipelines.raw_data import Edit, edits, picture, with_one
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
@@ -34,27 +32,8 @@ ray = pytest.importorskip("ray", reason="Ray is not installed")
 from pipelines import prepare as job  # noqa: E402
 from pipelines.prepare import PrepareConfig, prepare  # noqa: E402
 
-pytestmark = pytest.mark.ray
-ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 LOCAL = pafs.LocalFileSystem()
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """Workers get the environment of this moment: credentials must be in it already."""
-    temp = tempfile.mkdtemp(prefix="ray-")  # short: the paths of sockets below it are limited
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        for name, value in (
-            ("AWS_ACCESS_KEY_ID", "testing"),
-            ("AWS_SECRET_ACCESS_KEY", "testing"),
-            ("AWS_EC2_METADATA_DISABLED", "true"),
-        ):
-            patch.setenv(name, value)
-        ray.init(address="local", num_cpus=4, include_dashboard=False, _temp_dir=temp, log_to_driver=False)
-        yield
-        ray.shutdown()
-    shutil.rmtree(temp, ignore_errors=True)
 
 
 @pytest.fixture
@@ -98,7 +77,9 @@ def test_the_result_does_not_depend_on_what_runs_in_parallel(tmp_path: Path) -> 
     write_sample(tmp_path / "raw", 32)
     common = {"input": str(tmp_path / "raw"), "rows_per_file": 10}
     one = prepare(PrepareConfig(**common, out=str(tmp_path / "one"), max_tasks=1, threads_per_task=1))
-    four = prepare(PrepareConfig(**common, out=str(tmp_path / "four"), max_tasks=4, threads_per_task=3))
+    four = prepare(
+        PrepareConfig(**common, out=str(tmp_path / "four"), max_tasks=4, cpus_per_task=0.5, threads_per_task=3)
+    )
     assert one.num_rows == four.num_rows == 32
     assert one.splits == {"test": 2, "train": 28, "val": 2}
     assert _files(tmp_path / "one") == _files(tmp_path / "four")
@@ -200,7 +181,7 @@ def test_a_second_writer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         patch.setattr(job, "_stage", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepare(config)
-    monkeypatch.setattr(lease, "RENEW_S", 0.1)
+    monkeypatch.setattr(lease, "RENEW_S", 0.01)
     with hold_lease(open_folder(tmp_path / "out")), pytest.raises(ConfigError, match="only one job may"):
         prepare(config)
     assert not (tmp_path / "out" / "manifest").exists()
@@ -313,49 +294,48 @@ def test_without_arguments_the_script_prepares_the_sample(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)  # it starts three clusters
-@pytest.mark.usefixtures("cluster", "_small_shards")
-def test_a_killed_run_goes_on_and_gives_what_an_undisturbed_one_gives(tmp_path: Path) -> None:
-    write_sample(tmp_path / "raw", 96)
-    program = (
+@pytest.mark.usefixtures("_small_shards")
+@pytest.mark.parametrize("num_rows", [16, pytest.param(96, marks=pytest.mark.endure)])
+def test_a_killed_run_goes_on_and_gives_what_an_undisturbed_one_gives(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_rows: int
+) -> None:
+    write_sample(tmp_path / "raw", num_rows)
+    num_shards = num_rows // 4
+    config = PrepareConfig(
+        input=str(tmp_path / "raw"), out=str(tmp_path / "killed"), max_tasks=1, keeps_near_duplicates=True
+    )
+    program = tmp_path / "program.py"
+    program.write_text(
         "import sys, pipelines.readers.ipr2pr as layout; layout.FOLDERS_PER_SHARD = 2\n"
         "from pipelines.prepare import PrepareConfig, main\n"
-        f"sys.exit(main(PrepareConfig(input={str(tmp_path / 'raw')!r}, out=sys.argv[1], max_tasks=1,"
+        f"sys.exit(main(PrepareConfig(input={config.input!r}, out={config.out!r}, max_tasks=1,"
         " keeps_near_duplicates=True)))"
     )
-
-    def start(output: Path) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-c", program, output],
-            env=_environment(tmp_path),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-    running = start(tmp_path / "killed")
     staging = tmp_path / "killed" / "_staging"
-    deadline = time.monotonic() + 90
-    while len(list(staging.glob("*.parquet"))) < 3:
-        assert running.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.killpg(running.pid, signal.SIGKILL)
-    running.wait()
+    name, seeds = json.loads((tmp_path / "raw" / "seeds.json").read_text())[-1]
+    with (
+        stuck(tmp_path / "raw" / name / f"{seeds[-1]}_1.jpg"),
+        Job([], cluster.env, cwd=tmp_path, script=program) as running,
+    ):
+        running.wait_until(lambda: len(list(staging.glob("*.parquet"))) >= 3, "three shards")
+        running.kill()
+        cluster.settle()
     staged = {path.name: path.stat().st_mtime_ns for path in staging.glob("*.parquet")}
-    assert 3 <= len(staged) < 24
+    assert 3 <= len(staged) < num_shards
     assert not (tmp_path / "killed" / "manifest").exists()
 
-    again = start(tmp_path / "killed")
     kept: dict[str, int] = {}
-    while again.poll() is None:
-        now = {path.name: path.stat().st_mtime_ns for path in staging.glob("*.parquet") if path.exists()}
-        kept = now if len(now) == 24 else kept
-        time.sleep(0.02)
-    assert again.returncode == 0, again.stdout.read() if again.stdout else ""
+    look_for_duplicates = job._duplicates
+
+    def look(*args: Any, **given: Any) -> dict[int, str]:
+        """All is staged now, and not yet removed."""
+        kept.update({path.name: path.stat().st_mtime_ns for path in staging.glob("*.parquet")})
+        return look_for_duplicates(*args, **given)
+
+    monkeypatch.setattr(job, "_duplicates", look)
+    assert job.main(config) == 0
+    assert len(kept) == num_shards
     assert {name: kept[name] for name in staged} == staged  # what was done was not done again
-    config = PrepareConfig(input=str(tmp_path / "raw"), out=str(tmp_path / "undisturbed"), keeps_near_duplicates=True)
-    assert prepare(config).num_rows == len(_rows(tmp_path / "killed")) == 96
+    undisturbed = dataclasses.replace(config, out=str(tmp_path / "undisturbed"))
+    assert prepare(undisturbed).num_rows == len(_rows(tmp_path / "killed")) == num_rows
     assert _files(tmp_path / "killed") == _files(tmp_path / "undisturbed")

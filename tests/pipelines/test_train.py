@@ -1,10 +1,10 @@
-"""The training job: what it refuses before it starts, and runs on a private cluster through faults of every kind."""
+"""The training job: what it refuses before it starts, and runs on a cluster through faults of every kind."""
 
 import io
 import json
+import os
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,32 +14,37 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mgie.bundles import open_bundle
+from mgie.bundle.bundle import open_bundle
 from mgie.config import AugmentConfig, TrainingConfig
+from mgie.data.latent_cache import finish_cache, list_shards, write_shard
+from mgie.data.ledger import LEDGER_SCHEMA
 from mgie.errors import BundleError, ConfigError, DataError
-from mgie.latent_cache import finish_cache, list_shards, write_shard
-from mgie.ledger import LEDGER_SCHEMA
-from mgie.snapshot import read_snapshot, snapshot_name
-from pipelines.caching import CACHED_SCHEMA, EncodeLatents, FetchSquares, cache_spec
-from pipelines.checkpoints import CHECKPOINTS, complete_snapshots
-from pipelines.lease import hold_lease
-from pipelines.storage import Folder, open_folder, read_run
-from pipelines.tracking import read_metrics
-from pipelines.train import TrainConfig, WorkerSize, train
-from tests.pipelines.chaos import Cluster, private_cluster
-from tests.pipelines.train_chaos import (
+from mgie.storage.folder import Folder, open_folder
+from mgie.training.checkpoint import read_snapshot, snapshot_name
+from pipelines.runs import lease
+from pipelines.runs.lease import hold_lease
+from pipelines.runs.run_record import read_run
+from pipelines.stages.encode import EncodeLatents
+from pipelines.stages.squares import CACHED_SCHEMA, FetchSquares, cache_spec
+from pipelines.train import TrainConfig, WorkerSize, main, train
+from pipelines.training.checkpoints import CHECKPOINTS, complete_snapshots
+from pipelines.training.tracking import read_metrics
+from tests.pipelines.chaos import Cluster, wait_for
+from tests.pipelines.gates import TRACKER, close_gate, open_gate
+from tests.pipelines.jobs import Background, kill_when, run_here
+from tests.pipelines.training.chaos import (
+    TRAIN,
     Kill,
     differing_steps,
     numbers,
-    run_undisturbed,
     run_with_kills,
-    start,
+    strike,
     tensor_hashes,
     train_flags,
     write_ledger,
 )
 
-NUM_ROWS, NUM_STEPS, SIDE_PX = 24, 20, 64
+NUM_ROWS, NUM_STEPS, EVERY, SIDE_PX = 24, 12, 3, 64
 
 
 def write_cache(folder: Folder, ledger: Folder, *, bundle: str = "random", side_px: int = SIDE_PX) -> None:
@@ -135,7 +140,10 @@ def test_a_bundle_of_the_other_kind_is_refused(tmp_path: Path, ledger: Folder) -
     assert not (tmp_path / "out").exists()
 
 
-def test_another_run_in_the_same_folder_is_refused_and_so_is_a_second_writer(tmp_path: Path, ledger: Folder) -> None:
+def test_another_run_in_the_same_folder_is_refused_and_so_is_a_second_writer(
+    tmp_path: Path, ledger: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "RENEW_S", 0.01)
     given = _config(ledger, tmp_path / "out", cache=str(tmp_path / "none"))
     for _ in range(2):  # a run that did not come far may be begun again
         with pytest.raises(DataError, match="holds no vae_moments"):
@@ -182,41 +190,35 @@ def test_elastic_workers_are_at_least_the_fewest() -> None:
 # ---- on a cluster
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    with pytest.MonkeyPatch.context() as patch:  # its workers inherit the credentials of the fixture `s3`
-        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        with private_cluster(num_cpus=4) as started:
-            yield started
+FLAGS = {"steps": NUM_STEPS, "checkpoint_every": EVERY}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster, ledger: Folder, tmp_path_factory: pytest.TempPathFactory) -> tuple[Folder, str]:
     """A run that nothing happens to, and what it said."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    out = open_folder(folder / "out")
-    flags = [*train_flags(ledger, steps=NUM_STEPS, checkpoint_every=4), "--sample-every", "10", "--sample-steps", "2"]
-    return out, run_undisturbed(flags, cluster, out, folder)
+    out = open_folder(tmp_path_factory.mktemp("undisturbed") / "out")
+    flags = [*train_flags(ledger, **FLAGS), "--sample-every", "6", "--sample-steps", "2", "--out", out.url]
+    status, said = run_here(main, flags)
+    assert status == 0, said
+    return out, said
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1800)
 def test_a_run_leaves_checkpoints_numbers_pictures_and_a_summary(undisturbed: tuple[Folder, str]) -> None:
     out, said = undisturbed
     steps = read_metrics(out).steps
     assert list(steps) == list(range(1, NUM_STEPS + 1))
     losses = [float(scalars["loss"] or "nan") for scalars in steps.values()]
     assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.5
-    assert [step for step, scalars in steps.items() if "validation/loss" in scalars] == [4, 8, 12, 16, 20]
+    assert [step for step, scalars in steps.items() if "validation/loss" in scalars] == [3, 6, 9, 12]
     assert {"learning_rate/unet", "grad_norm", "samples_per_s", "tokens_per_s", "wait_share", "memory_bytes"} <= set(
         steps[1]
     )
-    assert list(complete_snapshots(out)) == [snapshot_name(16), snapshot_name(20)]
-    assert [entry.name for entry in out.list("samples")] == ["step-00000010.png", "step-00000020.png"]
-    with Image.open(io.BytesIO(out.read("samples/step-00000020.png"))) as sheet:
+    assert list(complete_snapshots(out)) == [snapshot_name(9), snapshot_name(12)]
+    assert [entry.name for entry in out.list("samples")] == ["step-00000006.png", "step-00000012.png"]
+    with Image.open(io.BytesIO(out.read("samples/step-00000012.png"))) as sheet:
         assert sheet.size[0] > 3 * SIDE_PX
         assert sheet.getextrema() == ((0, 255),) * 3
     assert len(out.read("metrics.jsonl").splitlines()) == NUM_STEPS
@@ -234,17 +236,58 @@ def test_a_run_leaves_checkpoints_numbers_pictures_and_a_summary(undisturbed: tu
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
+def test_a_killed_run_in_a_store_goes_on_from_the_last_good_checkpoint_and_is_bitwise_the_undisturbed_one(
+    cluster: Cluster, ledger: Folder, undisturbed: tuple[Folder, str], s3: str, tmp_path: Path
+) -> None:
+    """Its driver is killed, its newest checkpoint is damaged (as a disk without power may leave it), a worker is killed."""
+    out = open_folder(f"{s3}/run")
+    flags = [*train_flags(ledger, **FLAGS), "--out", out.url, "--tracker", TRACKER]
+    flags += ["--endpoint", os.environ["AWS_ENDPOINT_URL"]]
+    close_gate(out, 8)
+    driver, worker = Kill("driver", 8, checkpoint=6), Kill("worker", 11, checkpoint=9)
+    kill_when(flags, cluster, TRAIN, tmp_path, lambda: driver.is_due(out))
+    assert list(complete_snapshots(out)) == [snapshot_name(3), snapshot_name(6)]
+    damaged = f"{CHECKPOINTS}/{snapshot_name(6)}/trainable.safetensors"
+    out.write(damaged, out.read(damaged)[:-8] + bytes(8))  # of the right size
+
+    close_gate(out, 11)
+    open_gate(out, 8)
+
+    def kill_the_worker() -> None:
+        wait_for(lambda: worker.is_due(out), "step 11")
+        strike(cluster, out, worker)
+
+    with Background(kill_the_worker):
+        status, said = run_here(main, flags)
+    assert status == 0, said
+    assert f"going on from {snapshot_name(6)}" in said  # the job does not read it; the worker does
+    assert "failure 1 of 3 allowed without progress: worker 0 failed" in said
+    assert f"going on from {snapshot_name(9)}" in said
+    found, reference = numbers(out), numbers(undisturbed[0])
+    assert len(reference) == NUM_STEPS
+    assert differing_steps(found, reference) == []
+    assert [step for step, measured in found.items() if len(measured) == 2] == [4, 5, 6, 7, 8, 10, 11]
+    assert '"repeated_steps": 7' in said
+    assert tensor_hashes(out, NUM_STEPS) == tensor_hashes(undisturbed[0], NUM_STEPS)
+    assert out.list("tensorboard")
+    status, said = run_here(main, flags)
+    assert status == 0
+    assert "the run was finished before" in said
+
+
+@pytest.mark.ray
+@pytest.mark.endure
+@pytest.mark.timeout(1800)
 def test_whatever_is_killed_the_run_is_bitwise_the_undisturbed_one(
     cluster: Cluster, ledger: Folder, undisturbed: tuple[Folder, str], tmp_path: Path
 ) -> None:
     out = open_folder(tmp_path / "out")
-    kills = [Kill("disk", 5), Kill("worker", 10), Kill("controller", 14), Kill("driver", 18)]
-    flags = train_flags(ledger, steps=NUM_STEPS, checkpoint_every=4)
-    full, killed, last = run_with_kills(flags, cluster, out, kills, tmp_path)
+    kills = [Kill("disk", 4, checkpoint=3), Kill("worker", 7), Kill("controller", 10), Kill("driver", 11)]
+    full, killed, last = run_with_kills(train_flags(ledger, **FLAGS), cluster, out, kills, tmp_path)
     found_full = re.search(r"error: checkpoint \S+step-(\d+) cannot be written", full)
     assert found_full, full
-    assert f"going on from {snapshot_name(int(found_full[1]) - 4)}" in killed
+    assert f"going on from {snapshot_name(int(found_full[1]) - EVERY)}" in killed
     assert "failure 1 of 3 allowed without progress: worker 0 failed" in killed
     assert re.search("failure [12] of 3 allowed without progress: Ray's controller failed", killed)
     assert "going on from" in last
@@ -256,54 +299,37 @@ def test_whatever_is_killed_the_run_is_bitwise_the_undisturbed_one(
     assert num_repeated >= 3
     assert f'"repeated_steps": {num_repeated}' in last
     assert tensor_hashes(out, NUM_STEPS) == tensor_hashes(undisturbed[0], NUM_STEPS)
-    with start([*flags, "--out", out.url], cluster, tmp_path) as job:
-        status, said = job.finish()
-    assert status == 0
-    assert "the run was finished before" in said
 
 
 @pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_a_damaged_checkpoint_is_left_out_and_the_one_before_it_taken(
-    cluster: Cluster, ledger: Folder, undisturbed: tuple[Folder, str], tmp_path: Path
-) -> None:
-    """Of the right size: what a disk without power may leave."""
-    shutil.copytree(undisturbed[0].path, tmp_path / "out")
-    out = open_folder(tmp_path / "out")
-    damaged = tmp_path / "out" / CHECKPOINTS / snapshot_name(NUM_STEPS) / "trainable.safetensors"
-    content = damaged.read_bytes()
-    damaged.write_bytes(content[:-8] + bytes(8))
-    run = read_run(out)
-    assert run is not None
-    replace(run, is_finished=False, report=None).write(out)
-    run_undisturbed(train_flags(ledger, steps=NUM_STEPS, checkpoint_every=4), cluster, out, tmp_path)
-    found = numbers(out)
-    assert differing_steps(found, numbers(undisturbed[0])) == []
-    assert [step for step, measured in found.items() if len(measured) == 2] == [17, 18, 19, 20]
-    assert damaged.read_bytes() == content
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.endure
+@pytest.mark.timeout(1800)
 def test_a_run_in_an_object_store_reads_a_cache_from_there_and_survives_a_kill(
-    cluster: Cluster, undisturbed: tuple[Folder, str], s3: str, s3_server: str, tmp_path: Path
+    cluster: Cluster, undisturbed: tuple[Folder, str], s3: str, tmp_path: Path
 ) -> None:
     write_ledger(remote := open_folder(f"{s3}/ledger"), NUM_ROWS)
     write_cache(open_folder(f"{s3}/cache"), remote)
     out = open_folder(f"{s3}/run")
-    flags = train_flags(remote, steps=NUM_STEPS, checkpoint_every=4)
-    flags += ["--cache", f"{s3}/cache", "--endpoint", s3_server, "--keep", "1", "--keep-by", "loss"]
-    _, last = run_with_kills(flags, cluster, out, [Kill("driver", 14)], tmp_path)
-    assert re.search("going on from step-000000(04|08|12)", last)  # an upload may take longer than four steps
+    flags = train_flags(remote, **FLAGS)
+    flags += [
+        "--cache",
+        f"{s3}/cache",
+        "--endpoint",
+        os.environ["AWS_ENDPOINT_URL"],
+        "--keep",
+        "1",
+        "--keep-by",
+        "loss",
+    ]
+    _, said = run_with_kills(flags, cluster, out, [Kill("driver", 8)], tmp_path)
+    assert re.search("going on from step-000000(03|06)", said)  # an upload may take longer than some steps
     found, reference = numbers(out), numbers(undisturbed[0])
     for step, [expected] in reference.items():
         for measured in found[step]:  # the cache's encoder saw other batches: rounding
             np.testing.assert_allclose(measured, expected, rtol=2e-4)
     assert list(complete_snapshots(out)) == [snapshot_name(NUM_STEPS)]
     validation = {
-        step: scalars["validation/loss"] for step, scalars in read_metrics(out).steps.items() if step % 4 == 0
+        step: scalars["validation/loss"] for step, scalars in read_metrics(out).steps.items() if step % EVERY == 0
     }
     assert min(validation, key=lambda step: validation[step] or 0) == NUM_STEPS
     assert out.list("tensorboard")
@@ -311,7 +337,7 @@ def test_a_run_in_an_object_store_reads_a_cache_from_there_and_survives_a_kill(
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1800)
 def test_a_checkpoint_of_the_job_is_a_snapshot_that_names_its_base(undisturbed: tuple[Folder, str]) -> None:
     snapshot = read_snapshot(Path(undisturbed[0].path) / CHECKPOINTS / snapshot_name(NUM_STEPS))
     assert snapshot.base == open_bundle("random").identity

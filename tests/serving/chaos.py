@@ -15,7 +15,7 @@ TITLES = {
     "controller": "ray::ServeController",
     "proxy": "ray::ProxyActor",
 }
-GONE_S = 10.0
+GONE_S = 300.0  # against a hang alone
 POLL_S = 0.02
 
 

@@ -13,11 +13,11 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from mgie.tiny import ensure_bundle
-from serving.backend import InProcessBackend
-from serving.ingress import build_api
-from serving.diffusion_stage import DiffusionStage
-from serving.mllm_stage import MLLMStage
+from mgie.bundle.embedded import ensure_bundle
+from serving.api.routes import build_api
+from serving.edits.in_process import InProcessBackend
+from serving.stages.diffusion import DiffusionStage
+from serving.stages.mllm import MLLMStage
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 import threading
 
-from serving.metrics import METRICS, Metric
+from serving.telemetry.metrics import METRICS, Metric
 
 
 class Figures:

@@ -1,16 +1,23 @@
-"""The demo: its pictures, and one whole run on a cluster of its own."""
+"""The demo: its pictures, and what it says; tests/test_readme.py has a whole run."""
 
+import contextlib
 import socket
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
 import pytest
 from PIL import ImageFont
 
 from mgie.errors import ImageError
-from mgie.images import read_image, read_metadata
-from serving.demo import HOST, DemoConfig, before_after, draw_landscape, free_port, main, wrap
+from mgie.images.files import read_image
+from serving.args import ServingArgs
+from serving.demo import DemoConfig, before_after, draw_landscape, main, wrap
+from serving.edits.in_process import InProcessBackend
+from serving.local_cluster import HOST, free_port
+from serving.stages.diffusion import DiffusionStage
+from serving.stages.mllm import MLLMStage
+from tests.live import keeping_api, listening
 
 
 def test_the_landscape_is_an_image_of_many_colours_and_always_the_same() -> None:
@@ -54,19 +61,33 @@ def test_a_file_that_is_no_photo_fails_before_a_cluster_is_started(tmp_path: Pat
         main(DemoConfig(photo=tmp_path / "missing.png"))
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-def test_the_demo_edits_over_http_writes_the_pictures_and_leaves_nothing_running(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "serving.demo", "--instruction", "make it night", "--out", str(tmp_path / "out")]
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=110, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "UNTRAINED" not in done.stdout
-    assert "make it night" in done.stdout
-    edited = (tmp_path / "out" / "edited.png").read_bytes()
-    assert read_image(edited).size == (512, 512)
-    assert read_metadata(edited)["seed"] == "0"
-    assert read_image((tmp_path / "out" / "before_after.png").read_bytes()).width > 1000
-    port = int(done.stdout.split(f"http://{HOST}:")[1].split("/")[0])
-    with socket.socket() as probe:
-        assert probe.connect_ex((HOST, port)) != 0  # nobody answers any more
+def test_with_keep_the_service_is_named_and_stays_until_it_is_stopped(
+    mllm: MLLMStage,
+    diffusion: DiffusionStage,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With a service in this process in the place of the cluster."""
+    seen: list[tuple[str, str]] = []
+
+    @contextlib.contextmanager
+    def local_service(args: ServingArgs, *, port: int) -> Iterator[str]:
+        with listening(keeping_api(InProcessBackend(mllm, diffusion), tmp_path), port=port) as address:
+            seen.append((args.bundle, address))
+            yield address
+
+    def pause() -> None:
+        [(_, address)] = seen
+        said = capsys.readouterr().out
+        assert f"serving at {address}  (page: {address}/ " in said
+        assert "UNTRAINED" in said
+        assert httpx2.get(f"{address}/readyz", timeout=None).status_code == 200
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("serving.local_cluster.local_service", local_service)
+    monkeypatch.setattr("signal.pause", pause)
+    port = free_port(prefer_usual=False)
+    with pytest.raises(KeyboardInterrupt):
+        main(DemoConfig(keep=True, bundle="random", port=port))
+    assert seen == [("random", f"http://{HOST}:{port}")]

@@ -3,8 +3,10 @@
 import pytest
 
 from mgie.config import MAX_INSTRUCTION_CHARS
-from serving.bodies import parse_edit_form
-from serving.schema import EditForm, RequestError, edit_call, form_schema
+from serving.api.request_body import parse_edit_form
+from serving.edits.call import edit_call
+from serving.errors import RequestError
+from serving.schema import EditForm, form_schema
 
 REQUIRED: list[tuple[str, str | bytes]] = [("image", b"..."), ("prompt", "make it night")]
 

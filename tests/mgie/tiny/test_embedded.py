@@ -9,12 +9,13 @@ import torch
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from mgie.checkpoint import CONFIG_FILE, Bundle
+from mgie.bundle.bundle import Bundle
+from mgie.bundle.embedded import UNTRAINED, UntrainedName, cache_folder, ensure_bundle, recipe_hash
+from mgie.bundle.record import CONFIG_FILE
+from mgie.bundle.shipped import SHIPPED, ShippedName
+from mgie.bundle.untrained import build
 from mgie.editor import Editor
 from mgie.errors import BundleError
-from mgie.tiny import cache_folder, ensure_bundle
-from mgie.tiny.shipped import SHIPPED, ShippedName
-from mgie.tiny.untrained import UNTRAINED, UntrainedName, build, recipe_hash
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -80,9 +81,9 @@ def test_the_random_text_editor_edits_by_the_words_alone() -> None:
     editor = Editor.load(bundle, device="cpu")
     night, winter = (editor.edit(picture, words, seed=1, steps=2) for words in ("make it night", "make it winter"))
     assert night.image.size == (64, 48)
-    assert night.guidance.condition.shape == (77, 64)
-    assert not torch.allclose(night.guidance.condition, winter.guidance.condition)
-    assert (night.guidance.image_tokens, night.guidance.output_tokens, night.expressive) == (0, 0, "")
+    assert night.edit_condition.condition.shape == (77, 64)
+    assert not torch.allclose(night.edit_condition.condition, winter.edit_condition.condition)
+    assert (night.edit_condition.image_tokens, night.edit_condition.output_tokens, night.expressive) == (0, 0, "")
 
 
 def test_the_random_text_tokenizer_is_a_real_one() -> None:
@@ -137,8 +138,8 @@ def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
     program = """
 import sys, time
 from pathlib import Path
-from mgie.checkpoint import Bundle
-from mgie.tiny import cache_folder, ensure_bundle
+from mgie.bundle.bundle import Bundle
+from mgie.bundle.embedded import cache_folder, ensure_bundle
 cache = cache_folder()
 (cache / sys.argv[1]).touch()
 while len(list(cache.glob("ready-*"))) < 2:
@@ -158,7 +159,7 @@ print(folder.stat().st_ino)
         )
         for i in range(2)
     ]
-    outcomes = [process.communicate(timeout=100) for process in started]
+    outcomes = [process.communicate() for process in started]
     assert [process.returncode for process in started] == [0, 0], outcomes
     assert outcomes[0][0] == outcomes[1][0]  # the same folder: what one finished was not replaced by the other
     assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith("ready-")) == [

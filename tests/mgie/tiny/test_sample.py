@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from mgie.errors import ConfigError
-from mgie.images import read_image
+from mgie.images.files import read_image
 from mgie.tiny.sample import SIDE_PX, write_sample
 
 

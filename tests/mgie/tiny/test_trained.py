@@ -18,6 +18,7 @@ def editor() -> Editor:
     return Editor.load("tiny", device="cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("instruction", "measure", "sign"),
     [
@@ -34,11 +35,12 @@ def test_whole_photos_change_the_way_that_is_asked(
     for number in range(4):
         source = make_sample(21, "test", number).source
         result = editor.edit(source, instruction, seed=3)
-        assert not result.guidance.used_fallback
+        assert not result.edit_condition.used_fallback
         changes.append(measure(np.asarray(result.image) / 255.0) - measure(np.asarray(source) / 255.0))
     assert sign * np.mean(changes) > 0.02
 
 
+@pytest.mark.slow
 def test_edits_come_nearer_to_their_goals_than_the_source_is_and_say_what_they_do(editor: Editor) -> None:
     edited, copied, said = [], [], []
     for number in range(24):

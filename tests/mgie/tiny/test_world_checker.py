@@ -1,5 +1,6 @@
 """The object check: passes what is right, fails copies, other samples' goals and wrong edits of the same scene."""
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -12,25 +13,28 @@ from mgie.tiny.world.draw import draw_scene
 from mgie.tiny.world.paint import Pixels
 from mgie.tiny.world.scene import COLORS, Scene, changed, without
 
-SAMPLES = [make_sample(2, "test", number) for number in range(120)]
+
+@functools.cache
+def _samples() -> list[Sample]:
+    return [make_sample(2, "test", number) for number in range(120)]
 
 
 def _share(edited: list[Pixels]) -> float:
-    pairs = zip(SAMPLES, edited, strict=True)
+    pairs = zip(_samples(), edited, strict=True)
     return float(np.mean([check_edit(sample, pixels).is_right for sample, pixels in pairs]))
 
 
 def test_goals_pass() -> None:
-    assert _share([sample.goal_pixels for sample in SAMPLES]) >= 0.99
+    assert _share([sample.goal_pixels for sample in _samples()]) >= 0.99
 
 
 def test_copies_of_the_source_fail() -> None:
-    assert _share([sample.source_pixels for sample in SAMPLES]) <= 0.05
+    assert _share([sample.source_pixels for sample in _samples()]) <= 0.05
 
 
 def test_goals_of_other_samples_fail() -> None:
-    order = np.roll(np.arange(len(SAMPLES)), 1 + int(np.random.default_rng(0).integers(len(SAMPLES) - 1)))
-    assert _share([SAMPLES[i].goal_pixels for i in order]) <= 0.1
+    order = np.roll(np.arange(len(_samples())), 1 + int(np.random.default_rng(0).integers(len(_samples()) - 1)))
+    assert _share([_samples()[i].goal_pixels for i in order]) <= 0.1
 
 
 def test_goals_of_a_low_resolution_mostly_pass() -> None:
@@ -40,12 +44,12 @@ def test_goals_of_a_low_resolution_mostly_pass() -> None:
         small = Image.fromarray(pixels).resize((48, 48), Image.Resampling.BOX)
         return np.asarray(small.resize((128, 128), Image.Resampling.BICUBIC))
 
-    assert _share([soft(sample.goal_pixels) for sample in SAMPLES]) >= 0.95
+    assert _share([soft(sample.goal_pixels) for sample in _samples()]) >= 0.95
 
 
 def _of(operation: str) -> list[tuple[Sample, Scene, Scene]]:
     found = []
-    for sample in SAMPLES:
+    for sample in _samples():
         source, goal = sample.edit.source, sample.edit.goal
         if sample.operation == operation and isinstance(source, Scene) and isinstance(goal, Scene):
             found.append((sample, source, goal))
@@ -84,4 +88,4 @@ def test_the_right_edit_in_another_light_fails() -> None:
 
 def test_a_picture_of_another_size_is_refused() -> None:
     with pytest.raises(ImageError, match="shape"):
-        check_edit(SAMPLES[0], np.zeros((64, 64, 3), dtype=np.uint8))
+        check_edit(_samples()[0], np.zeros((64, 64, 3), dtype=np.uint8))

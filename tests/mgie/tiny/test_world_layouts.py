@@ -7,10 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from mgie.errors import ConfigError
-from mgie.images import read_image
+from mgie.images.files import read_image
+from mgie.storage.folder import open_folder
 from mgie.tiny.world import LAYOUTS, layouts, make_sample, write_layout
 from pipelines.readers import BadRow, Columns, Layout, RawEdit, make_reader
-from pipelines.storage import open_folder
 
 OWN = Columns(
     mask="mask", source_caption="source_caption", goal_caption="goal_caption", keep=("operation", "tiny_world")

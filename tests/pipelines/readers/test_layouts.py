@@ -12,13 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mgie.data.ledger import rejection_code, to_table
 from mgie.errors import DataError
-from mgie.ledger import rejection_code, to_table
-from pipelines.duplicates import PAIR_BYTES, find_duplicates
+from mgie.storage.folder import open_folder
 from pipelines.readers import Columns, Layout, make_reader
+from pipelines.readers.duplicates import PAIR_BYTES, find_duplicates
+from pipelines.readers.manifest_rows import STAGED_SCHEMA
 from pipelines.readers.plain_pickle import read_plain_pickle
-from pipelines.rows import STAGED_SCHEMA
-from pipelines.storage import open_folder
 from tests.pipelines import raw_data
 from tests.pipelines.raw_data import Edit, bad, edits, good, picture, read_rows
 
@@ -448,7 +448,7 @@ _JSON = st.recursive(
 )
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(records=st.lists(_JSON, min_size=1, max_size=4))
 def test_whatever_records_hold_each_is_a_row_and_none_stops_the_job(records: list[Any], tmp_path: Path) -> None:
     raw, out = tmp_path / "raw", tmp_path / "out"

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mgie.ledger import rejection_code, row_id
+from mgie.data.ledger import rejection_code, row_id
+from mgie.storage.folder import open_folder
 from pipelines.readers import Layout, make_reader
-from pipelines.storage import open_folder
 from tests.pipelines.raw_data import OWN, WRITERS, bad, edits, good, picture, read_rows, with_one
 
 ALL: list[Layout] = list(WRITERS)

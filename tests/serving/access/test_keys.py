@@ -13,8 +13,9 @@ import pytest
 from mgie.errors import ConfigError
 from serving.access import keys as module
 from serving.access.__main__ import app
-from serving.access.keys import KeyRing, UnknownKeyError, new_key, read_keys
-from serving.access.limits import LimitError
+from serving.access.keys import KeyRing, new_key, read_keys
+from serving.errors import LimitError, UnknownKeyError
+from tests.waiting import until_async
 
 HASH = hashlib.sha256(b"mgie-a").hexdigest()
 
@@ -108,7 +109,9 @@ def test_the_file_is_followed_and_a_broken_one_changes_nothing(
     monkeypatch.setattr(module, "WATCH_EVERY_S", 0.01)
     file = tmp_path / "keys.toml"
     file.write_text(entry("old", "a", requests_per_minute=2))
-    ring = KeyRing(file)
+    ring = KeyRing(file, clock=lambda: 0.0)  # no share is refilled
+    state, looks = ring._state, list[object]()
+    monkeypatch.setattr(ring, "_state", lambda: looks.append(None) or state())
 
     def replace(text: str | None) -> None:
         """In one move, as a careful operator does."""
@@ -117,11 +120,6 @@ def test_the_file_is_followed_and_a_broken_one_changes_nothing(
             return
         (tmp_path / "new").write_text(text)
         (tmp_path / "new").replace(file)
-
-    async def until(is_there: object) -> None:
-        async with asyncio.timeout(5):
-            while not is_there():  # type: ignore[operator]  # noqa: ASYNC110  the file sets no event
-                await asyncio.sleep(0.01)
 
     def is_valid(key: str) -> bool:
         try:
@@ -133,25 +131,26 @@ def test_the_file_is_followed_and_a_broken_one_changes_nothing(
         return sum(record.levelno == logging.ERROR for record in caplog.records)
 
     async def main() -> None:
-        watch = asyncio.create_task(ring.watch())
+        monitoring = asyncio.create_task(ring.watch())
         ring.find("old").allowance.request()
         for broken in ("nonsense", None):
             before = num_errors()
             replace(broken)
-            await until(lambda before=before: num_errors() > before)
-            await asyncio.sleep(0.1)
+            await until_async(lambda before=before: num_errors() > before)
+            looks.clear()
+            await until_async(lambda: len(looks) > 2)
             assert num_errors() == before + 1  # told of once, not every time that it is looked at
             assert is_valid("old")
         # The same key with another: what was used stays used.
         replace(entry("old", "a", requests_per_minute=2) + entry("new", "b"))
-        await until(lambda: is_valid("new"))
+        await until_async(lambda: is_valid("new"))
         ring.find("old").allowance.request()
         with pytest.raises(LimitError):
             ring.find("old").allowance.request()
         replace(entry("new", "b"))
-        await until(lambda: not is_valid("old"))
+        await until_async(lambda: not is_valid("old"))
         assert is_valid("new")
-        watch.cancel()
+        monitoring.cancel()
 
     asyncio.run(main())
     assert "the keys stay as they were" in caplog.text

@@ -7,11 +7,10 @@ import random
 import pytest
 
 from mgie.errors import DeadlineError
-from serving.access.limits import Allowance, Charge, EditLimits, KeyLimits, LimitError, TokenBucket, pixel_steps
-from serving.backend import StageUnavailableError
-from serving.cancels import CancelledEditError
-from serving.schema import EditForm, RequestError
-from serving.stage_calls import BundleInfo
+from serving.access.limits import Allowance, Charge, EditLimits, KeyLimits, TokenBucket, pixel_steps
+from serving.errors import CancelledEditError, LimitError, RequestError, StageUnavailableError
+from serving.schema import EditForm
+from serving.stages.messages import BundleInfo
 
 
 class Clock:

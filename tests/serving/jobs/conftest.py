@@ -11,24 +11,28 @@ import httpx2
 import pytest
 
 from mgie.config import ImageLimits
-from serving.artifacts import ArtifactStore
-from serving.backend import EditBackend, EditEvent, EditOutcome, InProcessBackend, OnDerived, ServiceStats
-from serving.blobs import open_blobs
-from serving.cancels import Board
-from serving.diffusion_stage import DiffusionStage
-from serving.ingress import build_api
+from serving.api.routes import build_api
+from serving.edits.backend import EditBackend, EditEvent, EditOutcome, OnDerived, ServiceStats
+from serving.edits.call import EditCall
+from serving.edits.cancellation import Board
+from serving.edits.in_process import InProcessBackend
+from serving.edits.results import ResultStore
 from serving.jobs.runner import JobSettings
 from serving.jobs.store import JobStore
-from serving.kept import KeptResults
-from serving.metrics import Meter, unmetered
-from serving.mllm_stage import MLLMStage
-from serving.schema import EditCall
-from serving.spans import NO_SPANS, Spans
-from serving.stage_calls import BundleInfo
+from serving.stages.diffusion import DiffusionStage
+from serving.stages.messages import BundleInfo
+from serving.stages.mllm import MLLMStage
+from serving.storage.artifacts import ArtifactStore
+from serving.storage.blobs import LocalBlobs
+from serving.storage.stores import open_blobs
+from serving.telemetry.metrics import Meter, unmetered
+from serving.telemetry.tracing import NO_SPANS, Spans
+from tests.waiting import POLL_S, until, until_async
 
 TTL_S = 4000.0
 LONG = {"steps": "1000"}  # ends by no means of its own
 ASYNC = {"prefer": "respond-async"}
+ENDED = ("done", "failed", "cancelled")
 
 
 class Clock:
@@ -76,6 +80,20 @@ class Failing:
         return await self._backend.stats()
 
 
+class Held(Failing):
+    """A backend that keeps the results of edits back until it is let go: they are under way as long as a test likes."""
+
+    def __init__(self, backend: EditBackend) -> None:
+        super().__init__(backend)
+        self.may_end = threading.Event()
+
+    async def stream(self, call: EditCall) -> AsyncGenerator[EditEvent, None]:
+        async for event in super().stream(call):
+            if isinstance(event, EditOutcome):
+                await until_async(self.may_end.is_set)
+            yield event
+
+
 class Replica:
     """One ingress. Frozen it does nothing at all, as if its process had been killed, until it is thawed."""
 
@@ -92,7 +110,7 @@ class Replica:
         self._thread.start()
 
     def _do(self, work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def freeze(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -113,7 +131,7 @@ class Replica:
     def request(self, method: str, path: str, **content: Any) -> httpx2.Response:
         async def send() -> httpx2.Response:
             transport = httpx2.ASGITransport(self._api, raise_app_exceptions=False)
-            async with httpx2.AsyncClient(transport=transport, base_url="http://testserver", timeout=60) as client:
+            async with httpx2.AsyncClient(transport=transport, base_url="http://testserver", timeout=None) as client:
                 return await client.request(method, path, **content)
 
         response: httpx2.Response = self._do(send())
@@ -139,10 +157,9 @@ class Replica:
 
     def wait(self, job_id: str, *statuses: str) -> dict[str, Any]:
         """The job as soon as it has one of the statuses."""
-        until_s = time.monotonic() + 60
         while (job := self.job(job_id))["status"] not in statuses:
-            assert time.monotonic() < until_s, job
-            time.sleep(0.02)
+            assert job["status"] not in ENDED, job
+            time.sleep(POLL_S)
         return job
 
 
@@ -178,7 +195,7 @@ class Replicas:
         api = build_api(
             backend or self.backend,
             timeout_s=60,
-            kept=KeptResults(jobs.artifacts),
+            kept=ResultStore(jobs.artifacts),
             jobs=jobs,
             job_settings=JobSettings(**{"poll_s": 0.03, "lease_s": 1.0} | settings),
             board=board,
@@ -192,6 +209,16 @@ class Replicas:
     def close(self) -> None:
         for replica in self._opened:
             replica.close()
+
+
+def looked_at_the_line() -> None:
+    """Returns when replicas that are at work have looked at the line again and again."""
+    looks, names = list[int](), LocalBlobs.list
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            LocalBlobs, "list", lambda blobs, prefix, after="": looks.append(1) or names(blobs, prefix, after=after)
+        )
+        until(lambda: len(looks) > 3)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from serving.jobs.record import CLOCK_SKEW_S
-from serving.spans import Spans
+from serving.telemetry.tracing import Spans
 from tests.serving.figures import Figures
 from tests.serving.jobs.conftest import Failing, Replicas
 

@@ -1,7 +1,7 @@
 """Changes that a job may go through, in closed form."""
 
+from serving.edits.call import EditCall
 from serving.jobs.record import CLOCK_SKEW_S, JobOrder, JobRecord, Lease, stored_call
-from serving.schema import EditCall
 
 CALL = EditCall(
     model="m",

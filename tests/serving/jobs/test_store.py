@@ -11,11 +11,14 @@ import pytest
 
 from mgie.config import ImageLimits
 from mgie.errors import ImageError, ImageTooLargeError, MaskError
-from serving.artifacts import ArtifactMissingError, ArtifactStore
-from serving.blobs import LocalBlobs, open_blobs
-from serving.jobs.record import JobEndedError, JobMissingError, JobRecord, KeyReusedError, Lease
-from serving.jobs.store import HEAD_START_S, Job, JobRequest, JobStore, Place, form_digest
-from serving.schema import EditForm, edit_call
+from serving.edits.call import edit_call
+from serving.errors import ArtifactMissingError, JobEndedError, JobMissingError, KeyReusedError
+from serving.jobs.record import JobRecord, Lease
+from serving.jobs.store import HEAD_START_S, Job, JobRequest, JobStore, QueueEntry, form_digest
+from serving.schema import EditForm
+from serving.storage.artifacts import ArtifactStore
+from serving.storage.blobs import LocalBlobs
+from serving.storage.stores import open_blobs
 from tests.serving.s3_store import S3Store
 
 Photo = Callable[..., bytes]
@@ -132,7 +135,7 @@ def test_the_line_holds_nothing_but_places(folder: Shop, ask: Ask) -> None:
     jobs = folder.open()
     job = jobs.accept(ask())
     jobs.artifacts.create("queue", "something-else", {})
-    assert jobs.line() == [Place.of(job)]
+    assert jobs.line() == [QueueEntry.of(job)]
 
 
 def test_of_many_who_claim_a_job_one_gets_it(shop: Shop, ask: Ask) -> None:

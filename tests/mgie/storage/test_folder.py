@@ -1,0 +1,205 @@
+import pickle
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mgie.data.ledger import images_root, read_manifest, write_images_root
+from mgie.errors import ConfigError, DataError
+from mgie.storage.folder import Entry, Folder, open_folder
+from mgie.storage.retry import is_absent, is_store_fault
+
+
+@pytest.mark.parametrize("name", ["x", "a/b/c.txt", "with space/ü%20#?&+.jpg"])
+def test_what_is_written_is_read(folder: Folder, name: str) -> None:
+    folder.write(name, b"one")
+    folder.write(name, b"two")
+    assert folder.read(name) == b"two"
+    assert folder.exists(name)
+    assert folder.num_bytes(name) == 3
+
+
+def test_what_is_not_there_is_absent(folder: Folder) -> None:
+    assert not folder.exists("x")
+    assert folder.num_bytes("x") is None
+    assert folder.list() == []
+    assert folder.list("deeper", is_recursive=True) == []
+    with pytest.raises(FileNotFoundError) as caught:
+        folder.read("x")
+    assert is_absent(caught.value)
+    assert not is_store_fault(caught.value)
+    folder.delete("x")
+
+
+def test_a_folder_is_no_file(folder: Folder) -> None:
+    folder.write("a/b", b"x")
+    assert not folder.exists("a")
+    with pytest.raises(OSError, match=r"directory|not exist") as caught:
+        folder.read("a")
+    assert is_absent(caught.value)
+
+
+def test_listing_is_sorted_relative_and_leaves_out_hidden_names(folder: Folder) -> None:
+    for name in ("b", "a/2", "a/1", ".hidden", ".h/x", "a/.y"):
+        folder.write(name, b"xy")
+    assert folder.list() == [Entry("a", True, 0), Entry("b", False, 2)]
+    assert [entry.name for entry in folder.list("a")] == ["1", "2"]
+    assert [entry.name for entry in folder.list(is_recursive=True)] == ["a", "a/1", "a/2", "b"]
+    assert [entry.name for entry in folder.child("a").list()] == ["1", "2"]
+
+
+def test_deleting_takes_a_folder_with_all_in_it(folder: Folder) -> None:
+    folder.write("a/b/c", b"x")
+    folder.write("d", b"x")
+    folder.delete("a")
+    assert [entry.name for entry in folder.list(is_recursive=True)] == ["d"]
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", ""])
+def test_names_do_not_lead_out(folder: Folder, name: str) -> None:
+    for use in (folder.read, folder.exists, folder.child, folder.list, folder.delete):
+        with pytest.raises(DataError, match="relative path"):
+            use(name)
+    with pytest.raises(DataError, match="relative path"):
+        folder.write(name, b"")
+
+
+def test_a_published_file_appears_when_its_block_ends(folder: Folder) -> None:
+    with folder.publish("a/x.bin") as path:
+        path.write_bytes(b"12345")
+        assert not folder.exists("a/x.bin")
+    assert folder.read("a/x.bin") == b"12345"
+
+
+def test_a_block_that_fails_publishes_nothing_and_leaves_nothing(folder: Folder) -> None:
+    folder.write("a/x", b"before")
+
+    def fail() -> None:
+        with folder.publish("a/x") as path, pq.ParquetWriter(path, pa.schema([("n", pa.int64())])) as writer:
+            writer.write_table(pa.table({"n": [1]}))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert folder.read("a/x") == b"before"
+    if folder.is_local:
+        assert [path.name for path in Path(folder.at("a")).iterdir()] == ["x"]
+
+
+def test_a_folder_travels_to_other_processes(folder: Folder) -> None:
+    folder.write("x", b"1")
+    assert pickle.loads(pickle.dumps(folder)).read("x") == b"1"
+
+
+def test_manifests_are_read_through_a_folder(folder: Folder) -> None:
+    from mgie.data.ledger import MANIFEST_SCHEMA, to_table
+
+    row = {
+        "id": 1,
+        "dataset": "d",
+        "split": "train",
+        "source": "s",
+        "goal": "g",
+        "instruction": "i",
+        "provenance": "{}",
+    }
+    with folder.publish("manifest/part-00000.parquet") as path:
+        pq.write_table(to_table([row], MANIFEST_SCHEMA), path)
+    write_images_root(folder.filesystem, folder.at("manifest"), "..")
+    (batch,) = read_manifest(folder.filesystem, folder.at("manifest"))
+    assert batch.to_pylist()[0]["instruction"] == "i"
+    assert images_root(folder.filesystem, folder.at("manifest")) == folder.url
+
+
+# ---- URLs
+
+
+def test_urls_of_local_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert open_folder("x/y/").url == str(tmp_path / "x" / "y")
+    assert open_folder("~/x").url == str(tmp_path / "home" / "x")
+    assert open_folder("file:///a%20b/c").url == "/a b/c"
+    assert open_folder(Path("z")).path == str(tmp_path / "z")
+    assert list(tmp_path.iterdir()) == []  # opening makes nothing
+
+
+@pytest.mark.parametrize("url", ["", "s3://", "gs://bucket/x", "https://example.org/x"])
+def test_other_urls_are_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match="s3://bucket/prefix"):
+        open_folder(url)
+
+
+def test_an_explicit_endpoint_wins_over_the_environment(
+    s3: str, s3_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    folder = open_folder(f"{s3}/prefix/", endpoint=s3_server)
+    folder.write("x", b"1")
+    assert folder.url == f"{s3}/prefix"
+    assert open_folder(s3, endpoint=s3_server).read("prefix/x") == b"1"
+
+
+def _serve(handle: Callable[[BaseHTTPRequestHandler], None]) -> ThreadingHTTPServer:
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            handle(self)
+
+        do_GET = do_HEAD  # noqa: N815
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+def test_a_store_that_fails_now_and_then_is_asked_again(s3: str) -> None:  # for its credentials
+    """Every other answer is a 503."""
+    answers: list[int] = []
+
+    def handle(request: BaseHTTPRequestHandler) -> None:
+        answers.append(503 if len(answers) % 2 == 0 else 200)
+        request.send_response(answers[-1])
+        request.send_header("Content-Length", "5")
+        request.end_headers()
+        if request.command == "GET":
+            request.wfile.write(b"hello")
+
+    server = _serve(handle)
+    try:
+        folder = open_folder("s3://bucket", endpoint=f"http://127.0.0.1:{server.server_address[1]}")
+        assert folder.read("x") == b"hello"
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert 503 in answers
+
+
+def test_a_store_that_refuses_is_a_fault_of_the_store_and_not_of_the_row(s3: str) -> None:
+    def handle(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(403)
+        request.send_header("Content-Length", "0")
+        request.end_headers()
+
+    server = _serve(handle)
+    try:
+        folder = open_folder("s3://bucket", endpoint=f"http://127.0.0.1:{server.server_address[1]}")
+        with pytest.raises(OSError, match="ACCESS_DENIED") as caught:
+            folder.read("x")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert is_store_fault(caught.value)
+    assert not is_absent(caught.value)
+
+
+def test_damaged_content_is_no_fault_of_the_store() -> None:
+    assert not is_store_fault(OSError("Corrupt snappy compressed data."))
+    assert is_store_fault(OSError(5, "Input/output error"))
+    assert is_store_fault(PermissionError(13, "Permission denied"))
