@@ -7,17 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mgie.bundle.embedded import ensure_bundle
 from mgie.config import ImageLimits
-from mgie.tiny import ensure_bundle
-from serving.answers import ANSWERS
-from serving.artifacts import ArtifactStore
-from serving.backend import InProcessBackend
-from serving.diffusion_stage import DiffusionStage
-from serving.ingress import build_api
+from serving.api.responses import ANSWERS
+from serving.api.routes import build_api
+from serving.edits.in_process import InProcessBackend
+from serving.edits.results import ResultStore
 from serving.jobs.store import JobStore
-from serving.kept import KeptResults
-from serving.mllm_stage import MLLMStage
 from serving.schema import CompletedEvent, PartialEvent
+from serving.stages.diffusion import DiffusionStage
+from serving.stages.mllm import MLLMStage
+from serving.storage.artifacts import ArtifactStore
 
 PAGE = Path(__file__).with_name("api.md")
 Schema = Mapping[str, Any]
@@ -38,7 +38,7 @@ def openapi_document() -> dict[str, Any]:
             api = build_api(
                 InProcessBackend(mllm, diffusion),
                 timeout_s=60,
-                kept=KeptResults(store),
+                kept=ResultStore(store),
                 jobs=JobStore(store, limits=ImageLimits()),
             )
             return api.openapi()
