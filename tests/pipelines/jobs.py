@@ -3,6 +3,7 @@
 A process that imports torch costs seconds, so a test starts one only where the process is what it is about.
 """
 
+import _thread
 import contextlib
 import gc
 import io
@@ -172,6 +173,7 @@ class Background:
             self._act()
         except BaseException as error:  # noqa: BLE001
             self._failed.append(error)
+            _thread.interrupt_main()  # the job may wait for what will not be done to it now
 
     def __enter__(self) -> Self:
         self._thread.start()

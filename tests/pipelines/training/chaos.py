@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mgie.data.ledger import LEDGER_SCHEMA, row_id, to_table, write_images_root
+from mgie.errors import DataError
 from mgie.storage.folder import Folder
 from mgie.training.checkpoint import SNAPSHOT_FILE, snapshot_name
 from pipelines.training.checkpoints import CHECKPOINTS, complete_snapshots
@@ -128,8 +129,11 @@ class Kill:
 
     def is_due(self, out: Folder) -> bool:
         """Whether the run waits for it."""
-        is_there = not self.checkpoint or snapshot_name(self.checkpoint) in complete_snapshots(out)
-        return step_of(out) >= self.step and is_there
+        try:
+            is_there = not self.checkpoint or snapshot_name(self.checkpoint) in complete_snapshots(out)
+            return step_of(out) >= self.step and is_there
+        except (OSError, DataError):
+            return False  # one that was listed has been deleted before it was read
 
 
 def run_with_kills(flags: Sequence[str], cluster: Cluster, out: Folder, kills: Sequence[Kill], cwd: Path) -> list[str]:
