@@ -413,7 +413,7 @@ def test_positions_count_the_jobs_before_and_ends_are_estimated_from_those_that_
 def test_more_jobs_than_may_wait_are_refused(replicas: Replicas, small: bytes) -> None:
     here = replicas.open(max_running=1, max_queued=2)
     ids = [here.accept(small, **LONG) for _ in range(2)]
-    until(lambda: here.job(ids[1])["position"] == 1)  # after a look at the line
+    looked_at_the_line()
     refused = here.post(small)
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "engine_full")
     assert "at most 2 may be" in refused.json()["error"]["message"]
