@@ -1,6 +1,6 @@
-"""What edits, as the HTTP side sees it: a protocol, and both stages in one process.
+"""What edits, as the HTTP side sees it: a protocol, and what is asked of the stages for a call.
 
-`ray_backend.py` makes another of deployment handles. Knows neither HTTP nor Ray.
+`in_process.py` and `ray_backend.py` make one each. Knows neither HTTP nor Ray.
 """
 
 import time
