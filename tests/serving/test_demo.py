@@ -85,7 +85,7 @@ def test_with_keep_the_service_is_named_and_stays_until_it_is_stopped(
         assert httpx2.get(f"{address}/readyz", timeout=None).status_code == 200
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("serving.local_cluster.local_service", local_service)
+    monkeypatch.setattr("serving.demo.local_service", local_service)
     monkeypatch.setattr("signal.pause", pause)
     port = free_port(prefer_usual=False)
     with pytest.raises(KeyboardInterrupt):
