@@ -71,7 +71,7 @@ def timed(work: Callable[[], Texts], num_rows: int) -> tuple[Texts, float]:
 def from_ledger(out: Folder) -> Texts:
     """What the job wrote."""
     columns = ["id", "verbose", "expressive"]
-    rows = pa.Table.from_batches(read_ledger(out.filesystem, out.path, columns=columns)).to_pylist()
+    rows = pa.Table.from_batches(read_ledger(out, columns=columns)).to_pylist()
     return {row["id"]: (row["verbose"], row["expressive"]) for row in rows}
 
 
@@ -122,7 +122,7 @@ def main() -> None:
             dtype=args.dtype,
         )
         where, columns = open_folder(prepared.manifest), ["id", "source", "instruction"]
-        manifest = pa.Table.from_batches(read_manifest(where.filesystem, where.path, columns=columns)).to_pylist()
+        manifest = pa.Table.from_batches(read_manifest(where, columns=columns)).to_pylist()
         rows = [
             (row["id"], (Path(folder) / "raw" / row["source"]).read_bytes(), row["instruction"]) for row in manifest
         ]

@@ -40,7 +40,6 @@ import pyarrow as pa
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
-from pyarrow import fs as pafs
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel, LlamaConfig
@@ -62,6 +61,7 @@ from mgie.model.edit_head import EditHead
 from mgie.model.mgie import MGIE
 from mgie.model.mllm import MLLM, VisionTower
 from mgie.model.prompts import IGNORE
+from mgie.storage.folder import open_folder
 from mgie.training.distributed import Alone
 from mgie.training.trainer import _PEAK_FLOPS, Trainer, accumulate_gradients, compute_in
 from mgie.training.variants import TrainingModel, _blocks, _recompute_blocks, load_training_model
@@ -410,13 +410,12 @@ def write_caches(made: TrainingModel, config: TrainingConfig, folder: Path, devi
         found["features"] = model.mllm.vision(words.clip_pixels.to(model.mllm.vision.clip.dtype))
         for name, value in found.items():
             arrays[name].append(value.float().cpu())
-    store = pafs.LocalFileSystem()
     whole = {name: torch.cat(parts).numpy() for name, parts in arrays.items()}
     for kind, shape in shapes.items():
         side_px = made.image_side_px if kind == "vae_moments" else PUBLISHED_SIDE_PX
         spec = CacheSpec(kind=kind, encoder=ENCODER, image_side_px=side_px, dtype="float32", shapes=shape)
-        write_shard(store, str(folder), spec, rows.ids, {name: whole[name] for name in shape})
-        finish_cache(store, str(folder), spec, list_shards(store, str(folder), spec))
+        write_shard(open_folder(folder), spec, rows.ids, {name: whole[name] for name in shape})
+        finish_cache(open_folder(folder), spec, list_shards(open_folder(folder), spec))
 
 
 def open_caches(folder: Path, rows: Examples, side_px: int) -> dict[CacheKind, LatentCache]:

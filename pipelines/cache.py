@@ -109,7 +109,7 @@ def cache(config: CacheConfig, *, console: Console | None = None) -> CacheResult
     specs = [cache_spec(bundle, kind, image_side_px=side_px, dtype=config.dtype) for kind in _KINDS[config.what]]
     ledger = open_folder(config.ledger, endpoint=config.endpoint)
     out = open_folder(config.out, endpoint=config.endpoint)
-    images = open_folder(images_root(ledger.filesystem, ledger.path, moved_to=config.images), endpoint=config.endpoint)
+    images = open_folder(images_root(ledger, moved_to=config.images), endpoint=config.endpoint)
     _check_sizes(config, specs, _num_rows(ledger), console)
     # Not the ledger: a row's id says what its images are, so that a cache may serve several.
     decides = {"caches": [dataclasses.asdict(spec) for spec in specs]}
@@ -132,7 +132,7 @@ def cache(config: CacheConfig, *, console: Console | None = None) -> CacheResult
                 for num_rows in _stream(config, specs, out, images, pending):
                     bar.update(task, advance=num_rows)
                     lease.check()
-        stamps = [finish_cache(out.filesystem, out.path, spec, _shards(out, spec)) for spec in specs]
+        stamps = [finish_cache(out, spec, _shards(out, spec)) for spec in specs]
         pending.delete()
         num_bytes = sum(stamp.num_rows * stamp.spec.row_bytes for stamp in stamps)
         report = {"rows": stamps[0].num_rows, "bytes": num_bytes}
@@ -141,7 +141,7 @@ def cache(config: CacheConfig, *, console: Console | None = None) -> CacheResult
 
 
 def _num_rows(ledger: Folder) -> int:
-    return sum(len(batch) for batch in read_edits(ledger.filesystem, ledger.path, columns=["id"]))
+    return sum(len(batch) for batch in read_edits(ledger, columns=["id"]))
 
 
 def _check_sizes(config: CacheConfig, specs: list[CacheSpec], num_rows: int, console: Console) -> None:
@@ -158,12 +158,12 @@ def _check_sizes(config: CacheConfig, specs: list[CacheSpec], num_rows: int, con
 
 
 def _shards(out: Folder, spec: CacheSpec) -> dict[str, Shard]:
-    return list_shards(out.filesystem, out.path, spec)
+    return list_shards(out, spec)
 
 
 def _plan(config: CacheConfig, ledger: Folder, out: Folder, done: Ids) -> PendingRows:
     """Writes the rows still to do."""
-    batches = read_edits(ledger.filesystem, ledger.path, columns=CACHED_SCHEMA.names)
+    batches = read_edits(ledger, columns=CACHED_SCHEMA.names)
     new = (batch.filter(pa.array(~np.isin(batch.column("id").to_numpy(), done))) for batch in batches)
     return write_pending(out, new, CACHED_SCHEMA, rows_per_block=config.rows_per_shard)
 
@@ -194,7 +194,7 @@ class _EncodeAndCommit:
             for name in encoded.column_names[1:]
         }
         for spec in self._specs:
-            write_shard(self._out.filesystem, self._out.path, spec, ids, arrays)
+            write_shard(self._out, spec, ids, arrays)
         return len(ids)
 
 

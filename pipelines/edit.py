@@ -181,10 +181,10 @@ def _read_source(config: EditConfig) -> tuple[Folder, list[dict[str, Any]]]:
         if folder.exists(IMAGES_FILE):
             asked = [
                 {"image": row["source"], "instruction": row["instruction"]}
-                for batch in read_manifest(folder.filesystem, folder.path, columns=["source", "instruction"])
+                for batch in read_manifest(folder, columns=["source", "instruction"])
                 for row in batch.to_pylist()
             ]
-            folder = open_folder(images_root(folder.filesystem, folder.path), endpoint=config.endpoint)
+            folder = open_folder(images_root(folder), endpoint=config.endpoint)
         else:
             names = [entry.name for entry in folder.list() if entry.name.lower().endswith(_IMAGE_SUFFIXES)]
             if not names:
@@ -232,7 +232,7 @@ def _hash_ids(rows: list[dict[str, Any]]) -> str:
 def _plan(config: EditConfig, out: Folder, rows: list[dict[str, Any]]) -> PendingRows:
     """Writes the edits still to do."""
     last: dict[int, tuple[int, str]] = {}
-    for path in list_parquet(out.filesystem, out.path):
+    for path in list_parquet(out):
         table = pq.read_table(path, columns=["id", "attempt", "status"], filesystem=out.filesystem)
         for number, attempt, status in zip(*(column.to_pylist() for column in table.columns), strict=True):
             last[number] = max(last.get(number, (0, "")), (attempt, status))

@@ -195,7 +195,7 @@ def evaluate(config: EvaluateConfig, *, console: Console | None = None) -> Evalu
     """
     console = console or Console(quiet=True)
     ledger, out = (open_folder(where, endpoint=config.endpoint) for where in (config.ledger, config.out))
-    images = open_folder(images_root(ledger.filesystem, ledger.path, moved_to=config.images), endpoint=config.endpoint)
+    images = open_folder(images_root(ledger, moved_to=config.images), endpoint=config.endpoint)
     results = open_folder(config.results, endpoint=config.endpoint) if config.results else out
     rows = read_rows(
         ledger,
@@ -297,7 +297,7 @@ def _with_bar(blocks: Iterator[int], num_rows: int, console: Console) -> Iterato
 def _latest(out: Folder) -> list[dict[str, Any]]:
     """The score rows of each id's highest attempt."""
     rows: list[dict[str, Any]] = []
-    for path in list_parquet(out.filesystem, out.path):
+    for path in list_parquet(out):
         rows += pq.read_table(path, schema=SCORES_SCHEMA, filesystem=out.filesystem).to_pylist()
     last: dict[int, int] = {}
     for row in rows:

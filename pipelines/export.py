@@ -83,7 +83,7 @@ def export(config: ExportConfig) -> dict[str, int]:
     output = open_folder(config.out, endpoint=config.endpoint)
     if (ledger.url + "/").startswith(output.url + "/"):
         raise ConfigError(f"out is {output.url}, which holds the ledger; give another folder", param="out")
-    root = open_folder(images_root(ledger.filesystem, ledger.path, moved_to=config.images), endpoint=config.endpoint)
+    root = open_folder(images_root(ledger, moved_to=config.images), endpoint=config.endpoint)
     content = {
         **{name: getattr(config, name) for name in ("format", "split", "rows_per_file")},
         "ledger": ledger.url,
@@ -95,7 +95,7 @@ def export(config: ExportConfig) -> dict[str, int]:
     if claimed.is_finished:
         return dict((claimed.report or {})["splits"])
     counts: Counter[str] = Counter()
-    for batch in read_ledger(ledger.filesystem, ledger.path, columns=["split"]):
+    for batch in read_ledger(ledger, columns=["split"]):
         counts.update(batch.column(0).to_pylist())
     splits = {name: counts[name] for name in sorted(counts) if config.split in ("all", name)}
     if not splits:
@@ -113,7 +113,7 @@ def export(config: ExportConfig) -> dict[str, int]:
 
 
 def _rows(ledger: Folder, splits: set[str]) -> Iterator[_Row]:
-    for batch in read_ledger(ledger.filesystem, ledger.path, batch_rows=256):
+    for batch in read_ledger(ledger, batch_rows=256):
         yield from (row for row in batch.to_pylist() if row["split"] in splits)
 
 

@@ -194,7 +194,7 @@ def _run(
     if not report.num_rows:
         raise DataError(f"{source.url} gives no rows: all of them are in {output.url}/rejected, {report.rejected}")
     # Relative where the images are in the run's own folder, which can then be moved as a whole.
-    write_images_root(output.filesystem, output.at("manifest"), ".." if extracts else source.url)
+    write_images_root(output.child("manifest"), ".." if extracts else source.url)
     dataclasses.replace(run, is_finished=True, report=dataclasses.asdict(report)).write(output)
     output.delete(STAGING)
     return report

@@ -154,7 +154,7 @@ def summarize(config: SummarizeConfig, *, console: Console | None = None) -> Sum
     check_cluster(stages, task_cpus=_FETCH_CPUS, grows=config.cluster_grows)
     out = open_folder(config.out, endpoint=config.endpoint)
     manifest = _open_manifest(config, out)
-    root = images_root(manifest.filesystem, manifest.path, moved_to=config.images)
+    root = images_root(manifest, moved_to=config.images)
     images = open_folder(root, endpoint=config.endpoint)
     run = _run_record(config, manifest)
     claim(out, run)
@@ -183,7 +183,7 @@ def summarize(config: SummarizeConfig, *, console: Console | None = None) -> Sum
             )
             write_report(out, images, report)
             dataclasses.replace(run, is_finished=True, report=report).write(out)
-        write_images_root(out.filesystem, out.path, images.url)
+        write_images_root(out, images.url)
     return SummarizeResult(pending.num_rows, totals.rows, seconds, out.url, f"{out.url}/{REPORT_HTML}")
 
 
@@ -218,7 +218,7 @@ def _identity(model: str, backend: BackendName) -> str | None:
 
 def _hash_ids(manifest: Folder) -> str:
     digest = hashlib.sha256()
-    for batch in read_manifest(manifest.filesystem, manifest.path, columns=["id"]):
+    for batch in read_manifest(manifest, columns=["id"]):
         digest.update(batch.column("id").to_numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -233,23 +233,23 @@ def plan(config: SummarizeConfig, manifest: Folder, out: Folder) -> PendingRows:
 
 def _ids(out: Folder) -> npt.NDArray[np.int64]:
     """Sorted ids that the ledger holds, whatever their status."""
-    if not list_parquet(out.filesystem, out.path):
+    if not list_parquet(out):
         return np.empty(0, dtype=np.int64)
-    batches = read_ledger(out.filesystem, out.path, status=None, columns=["id"])
+    batches = read_ledger(out, status=None, columns=["id"])
     return np.sort(np.concatenate([batch.column("id").to_numpy() for batch in batches]))
 
 
 def _unseen(manifest: Folder, done: npt.NDArray[np.int64]) -> Iterator[pa.RecordBatch]:
-    for batch in read_manifest(manifest.filesystem, manifest.path):
+    for batch in read_manifest(manifest):
         new = ~np.isin(batch.column("id").to_numpy(), done, assume_unique=False)
         yield from _as_ledger(pa.Table.from_batches([batch.filter(pa.array(new))]), attempt=None)
 
 
 def _failed(out: Folder) -> Iterator[pa.RecordBatch]:
-    if not list_parquet(out.filesystem, out.path):
+    if not list_parquet(out):
         return
     try:
-        for batch in read_ledger(out.filesystem, out.path, status="rejected"):
+        for batch in read_ledger(out, status="rejected"):
             table = pa.Table.from_batches([batch])
             attempts = pa.array(table.column("attempt").to_numpy() + 1, pa.int32())
             yield from _as_ledger(table.select(MANIFEST_SCHEMA.names), attempt=attempts)

@@ -140,7 +140,7 @@ def main() -> None:
             endpoint=endpoint,
         )
         seconds = time.monotonic() - started
-        rows, counts, found = ledger_rows(out), count_ledger(out.filesystem, out.path), contents(out)
+        rows, counts, found = ledger_rows(out), count_ledger(out), contents(out)
         if endpoint:
             expected = expected_of_endpoint(rows)
         else:

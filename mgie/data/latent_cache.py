@@ -26,11 +26,10 @@ from typing import Any, Literal, TypeVar, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
-from pyarrow import fs as pafs
 
 from mgie.config import CacheKind
 from mgie.errors import DataError
-from mgie.storage.folder import write_atomically
+from mgie.storage.folder import Folder
 from mgie.storage.retry import with_retries
 
 CacheDtype = Literal["float32", "float16"]
@@ -101,8 +100,7 @@ class CacheStamp:
 
 
 def write_shard(
-    filesystem: pafs.FileSystem,
-    folder: str,
+    folder: Folder,
     spec: CacheSpec,
     ids: Ids,
     arrays: Mapping[str, npt.NDArray[np.float32]],
@@ -125,32 +123,31 @@ def write_shard(
     if len(bad := ids[~np.isfinite(values).all(axis=1)]):
         raise DataError(f"{spec.kind} of row {bad[0]} are not all finite {spec.dtype} numbers")
     index = ids.astype(_ID_DTYPE).tobytes()
-    path = f"{folder}/{spec.kind}/part-{hashlib.sha256(index).hexdigest()[:20]}"
-    with_retries(lambda: write_atomically(filesystem, path + ROWS_SUFFIX, values.tobytes()))
-    with_retries(lambda: write_atomically(filesystem, path + IDS_SUFFIX, index))
+    name = f"{spec.kind}/part-{hashlib.sha256(index).hexdigest()[:20]}"
+    folder.write(name + ROWS_SUFFIX, values.tobytes())
+    folder.write(name + IDS_SUFFIX, index)
 
 
-def list_shards(filesystem: pafs.FileSystem, folder: str, spec: CacheSpec) -> dict[str, Shard]:
+def list_shards(folder: Folder, spec: CacheSpec) -> dict[str, Shard]:
     """The shards that are whole, by name; none for an empty folder.
 
     Raises:
         DataError: An index is damaged, or the rows of a shard are not there or not as many.
         OSError: The store is in trouble.
     """
-    found = filesystem.get_file_info(pafs.FileSelector(f"{folder}/{spec.kind}", allow_not_found=True))
-    sizes = {info.base_name: info.size for info in found if info.base_name.startswith("part-")}
+    sizes = {entry.name: entry.num_bytes for entry in folder.list(spec.kind) if entry.name.startswith("part-")}
     names = sorted(name.removesuffix(IDS_SUFFIX) for name in sizes if name.endswith(IDS_SUFFIX))
 
     def read(name: str) -> Shard:
-        path = f"{folder}/{spec.kind}/{name}"
-        shard = parse_index(path, _read(filesystem, path + IDS_SUFFIX))
+        path = folder.at(f"{spec.kind}/{name}")
+        shard = parse_index(path, folder.read(f"{spec.kind}/{name}{IDS_SUFFIX}"))
         check_size(path, len(shard.ids), spec, sizes.get(name + ROWS_SUFFIX))
         return shard
 
     return dict(zip(names, _at_once(read, names), strict=True))
 
 
-def finish_cache(filesystem: pafs.FileSystem, folder: str, spec: CacheSpec, shards: Mapping[str, Shard]) -> CacheStamp:
+def finish_cache(folder: Folder, spec: CacheSpec, shards: Mapping[str, Shard]) -> CacheStamp:
     """Stamps a cache of these shards: from now on it can be opened. Raises OSError."""
     stamp = CacheStamp(
         spec=spec,
@@ -158,8 +155,7 @@ def finish_cache(filesystem: pafs.FileSystem, folder: str, spec: CacheSpec, shar
         shards={name: (len(shard.ids), shard.sha256) for name, shard in shards.items()},
     )
     content = {"format": CACHE_FORMAT, **dataclasses.asdict(stamp)}
-    data = json.dumps(content, indent=1).encode() + b"\n"
-    with_retries(lambda: write_atomically(filesystem, f"{folder}/{spec.kind}/{STAMP_FILE}", data))
+    folder.write(f"{spec.kind}/{STAMP_FILE}", json.dumps(content, indent=1).encode() + b"\n")
     return stamp
 
 
@@ -171,14 +167,14 @@ def cached_ids(shards: Iterable[Shard]) -> Ids:
 # ---- reading
 
 
-def fetch_cache(filesystem: pafs.FileSystem, path: str, local: Path, *, kind: CacheKind) -> Path:
+def fetch_cache(cache: Folder, local: Path, *, kind: CacheKind) -> Path:
     """Copies a cache from a store to a local disk, unless it is there: complete or not at all.
 
     Of several processes one copies and the others wait; a copy that was cut off is continued. Caches of other
     stamps stay beside it.
 
     Args:
-        path: The cache's folder in the store.
+        cache: The caches' folder in the store.
         local: Folder for copies of caches.
 
     Returns:
@@ -188,9 +184,9 @@ def fetch_cache(filesystem: pafs.FileSystem, path: str, local: Path, *, kind: Ca
         DataError: There is no finished cache, or it is damaged.
         OSError: The store or the disk is in trouble.
     """
-    source = f"{path}/{kind}"
+    source = cache.at(kind)
     try:
-        content = _read(filesystem, f"{source}/{STAMP_FILE}")
+        content = cache.read(f"{kind}/{STAMP_FILE}")
     except FileNotFoundError as error:
         raise DataError(f"{source} holds no {STAMP_FILE}: the cache was not finished, or is another folder") from error
     stamp = parse_stamp(source, content)
@@ -207,7 +203,7 @@ def fetch_cache(filesystem: pafs.FileSystem, path: str, local: Path, *, kind: Ca
             target = partial / name
             if target.is_file() and target.stat().st_size == num_bytes:
                 return
-            with filesystem.open_input_stream(f"{source}/{name}") as stream, target.open("wb") as file:
+            with cache.filesystem.open_input_stream(f"{source}/{name}") as stream, target.open("wb") as file:
                 shutil.copyfileobj(stream, file, _COPY_BYTES)
                 if file.tell() != num_bytes:
                     raise DataError(f"{source}/{name} has {file.tell()} bytes; {STAMP_FILE} says {num_bytes}")
@@ -221,14 +217,6 @@ def fetch_cache(filesystem: pafs.FileSystem, path: str, local: Path, *, kind: Ca
 
 
 # ---- parts of both
-
-
-def _read(filesystem: pafs.FileSystem, path: str) -> bytes:
-    def read() -> bytes:
-        with filesystem.open_input_stream(path) as stream:
-            return bytes(stream.read())
-
-    return with_retries(read)
 
 
 def read_local(path: Path, otherwise: str) -> bytes:

@@ -30,10 +30,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import fs as pafs
 
 from mgie.errors import DataError
-from mgie.storage.folder import write_atomically
+from mgie.storage.folder import Folder
 from mgie.storage.retry import with_retries
 
 Direction = Literal["forward", "inverse"]
@@ -172,17 +171,17 @@ def rejection_code(reason: str) -> str:
 # ---- where images lie
 
 
-def write_images_root(filesystem: pafs.FileSystem, folder: str, root: str) -> None:
+def write_images_root(folder: Folder, root: str) -> None:
     """Writes `images.json`; last, when all rows of the folder are there.
 
     Args:
         root: Absolute path, `s3://` URL, or a path relative to the folder (`..`).
     """
     text = json.dumps({"format": IMAGES_FORMAT, "root": root}, ensure_ascii=False)
-    write_atomically(filesystem, f"{folder}/{IMAGES_FILE}", text.encode() + b"\n")
+    folder.write(IMAGES_FILE, text.encode() + b"\n")
 
 
-def images_root(filesystem: pafs.FileSystem, folder: str, *, moved_to: str | None = None) -> str:
+def images_root(folder: Folder, *, moved_to: str | None = None) -> str:
     """The root that the URIs of a folder's rows are relative to.
 
     Args:
@@ -194,46 +193,41 @@ def images_root(filesystem: pafs.FileSystem, folder: str, *, moved_to: str | Non
     Raises:
         DataError: There is no readable `images.json`: no such folder, or whoever wrote it did not finish.
     """
-
-    def read() -> bytes:
-        with filesystem.open_input_stream(f"{folder}/{IMAGES_FILE}") as stream:
-            return bytes(stream.read())
-
     try:
-        content = json.loads(with_retries(read))
+        content = json.loads(folder.read(IMAGES_FILE))
         if content["format"] != IMAGES_FORMAT:
             raise DataError(
-                f"{folder}/{IMAGES_FILE} has format {content['format']!r}; this version reads {IMAGES_FORMAT}"
+                f"{folder.path}/{IMAGES_FILE} has format {content['format']!r}; this version reads {IMAGES_FORMAT}"
             )
         root = str(content["root"])
     except FileNotFoundError as error:
-        message = f"{folder} holds no {IMAGES_FILE}: there are no rows, or the job that wrote them did not finish"
+        message = f"{folder.path} holds no {IMAGES_FILE}: there are no rows, or the job that wrote them did not finish"
         raise DataError(message) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder}/{IMAGES_FILE} is damaged: {error!r}") from error
+        raise DataError(f"{folder.path}/{IMAGES_FILE} is damaged: {error!r}") from error
     if moved_to is not None:
         return moved_to
     if root.startswith("/") or "://" in root:
         return root
-    scheme = "s3://" if filesystem.type_name == "s3" else ""
-    return scheme + posixpath.normpath(posixpath.join(folder, root))
+    scheme, separator, path = folder.url.rpartition("://")
+    return scheme + separator + posixpath.normpath(posixpath.join(path, root))
 
 
 # ---- reading
 
 
-def list_parquet(filesystem: pafs.FileSystem, folder: str) -> list[str]:
+def list_parquet(folder: Folder) -> list[str]:
     """Paths of a folder's parquet files, sorted by name; those directly in it, not hidden ones."""
-    found = with_retries(lambda: filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True)))
-    return sorted(
-        info.path
-        for info in found
-        if info.type == pafs.FileType.File and info.base_name.endswith(".parquet") and info.base_name[0] not in "._"
-    )
+    found = with_retries(folder.list)
+    return [
+        folder.at(entry.name)
+        for entry in found
+        if not entry.is_folder and entry.name.endswith(".parquet") and not entry.name.startswith("_")
+    ]
 
 
 def read_manifest(
-    filesystem: pafs.FileSystem, folder: str, *, columns: Sequence[str] | None = None, batch_rows: int = READ_BATCH_ROWS
+    folder: Folder, *, columns: Sequence[str] | None = None, batch_rows: int = READ_BATCH_ROWS
 ) -> Iterator[pa.RecordBatch]:
     """The rows of a manifest in order, streamed.
 
@@ -245,14 +239,13 @@ def read_manifest(
         DataError: No rows, a file is damaged, or columns are missing or of another type (they are named).
     """
     yield from _not_empty(
-        _read(filesystem, list_parquet(filesystem, folder), _choose(MANIFEST_SCHEMA, columns), batch_rows),
-        f"manifest {folder} holds no rows",
+        _read(folder, list_parquet(folder), _choose(MANIFEST_SCHEMA, columns), batch_rows),
+        f"manifest {folder.path} holds no rows",
     )
 
 
 def read_ledger(
-    filesystem: pafs.FileSystem,
-    folder: str,
+    folder: Folder,
     *,
     status: Status | None = "ok",
     columns: Sequence[str] | None = None,
@@ -270,41 +263,41 @@ def read_ledger(
     Raises:
         DataError: No such rows, a file is damaged, or columns are missing or of another type (they are named).
     """
-    files = list_parquet(filesystem, folder)
+    files = list_parquet(folder)
     schema = _choose(LEDGER_SCHEMA, columns)
-    chosen = _latest(filesystem, files).chosen(status)
+    chosen = _latest(folder, files).chosen(status)
     yield from _not_empty(
-        _filtered(_read(filesystem, files, schema, batch_rows), chosen),
-        f"ledger {folder} holds no rows" + (f" of status {status!r}" if status else ""),
+        _filtered(_read(folder, files, schema, batch_rows), chosen),
+        f"ledger {folder.path} holds no rows" + (f" of status {status!r}" if status else ""),
     )
 
 
-def is_ledger(filesystem: pafs.FileSystem, folder: str) -> bool:
+def is_ledger(folder: Folder) -> bool:
     """Whether a folder of rows is a ledger, and not a manifest.
 
     Raises:
         DataError: A file is damaged.
     """
-    files = list_parquet(filesystem, folder)
+    files = list_parquet(folder)
     try:
-        return bool(files) and "attempt" in pq.read_schema(files[0], filesystem=filesystem).names
+        return bool(files) and "attempt" in pq.read_schema(files[0], filesystem=folder.filesystem).names
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{files[0]} cannot be read: {error}") from error
 
 
 def read_edits(
-    filesystem: pafs.FileSystem, folder: str, *, columns: Sequence[str], batch_rows: int = READ_BATCH_ROWS
+    folder: Folder, *, columns: Sequence[str], batch_rows: int = READ_BATCH_ROWS
 ) -> Iterator[pa.RecordBatch]:
     """The edits of a ledger (those that are ok) or of a manifest, in which what only ledgers have is null.
 
     For what can do without expressive instructions. Arguments and errors as of `read_ledger`.
     """
-    if is_ledger(filesystem, folder):
-        yield from read_ledger(filesystem, folder, columns=columns, batch_rows=batch_rows)
+    if is_ledger(folder):
+        yield from read_ledger(folder, columns=columns, batch_rows=batch_rows)
         return
     schema = _choose(LEDGER_SCHEMA, columns)
     given = [name for name in columns if name in MANIFEST_SCHEMA.names]
-    for batch in read_manifest(filesystem, folder, columns=given, batch_rows=batch_rows):
+    for batch in read_manifest(folder, columns=given, batch_rows=batch_rows):
         arrays = [batch[name] if name in given else pa.nulls(len(batch), schema.field(name).type) for name in columns]
         yield pa.record_batch(arrays, schema=schema)
 
@@ -325,13 +318,13 @@ class LedgerCounts:
     "rows beyond the first of the same id and attempt; the reader leaves them out"
 
 
-def count_ledger(filesystem: pafs.FileSystem, folder: str) -> LedgerCounts:
+def count_ledger(folder: Folder) -> LedgerCounts:
     """Counts, as the reader sees the ledger; all zero for an empty folder.
 
     Raises:
         DataError: As `read_ledger`.
     """
-    latest = _latest(filesystem, list_parquet(filesystem, folder))
+    latest = _latest(folder, list_parquet(folder))
     return LedgerCounts(
         num_rows=len(latest.is_latest),
         num_ids=int(latest.is_latest.sum()),
@@ -341,7 +334,7 @@ def count_ledger(filesystem: pafs.FileSystem, folder: str) -> LedgerCounts:
     )
 
 
-def compact_ledger(filesystem: pafs.FileSystem, folder: str, *, rows_per_file: int = 50_000) -> LedgerCounts:
+def compact_ledger(folder: Folder, *, rows_per_file: int = 50_000) -> LedgerCounts:
     """Rewrites a ledger to one row per id. Nobody may write to it meanwhile.
 
     The new files are complete before the old ones go: after a kill in between the reader sees the same rows
@@ -353,17 +346,17 @@ def compact_ledger(filesystem: pafs.FileSystem, folder: str, *, rows_per_file: i
     Raises:
         DataError: As `read_ledger`, or there are no rows.
     """
-    old = list_parquet(filesystem, folder)
-    counts = count_ledger(filesystem, folder)
-    batches = read_ledger(filesystem, folder, status=None)
+    old = list_parquet(folder)
+    counts = count_ledger(folder)
+    batches = read_ledger(folder, status=None)
     # Named by what they replace, so that they are never among them.
-    stem = f"{folder}/compacted-{hashlib.sha256(json.dumps(old).encode()).hexdigest()[:12]}"
+    stem = f"compacted-{hashlib.sha256(json.dumps(old).encode()).hexdigest()[:12]}"
     for number, table in enumerate(split_rows(batches, LEDGER_SCHEMA, rows_per_file)):
         out = io.BytesIO()
         pq.write_table(table, out)
-        write_atomically(filesystem, f"{stem}-{number:05d}.parquet", out.getvalue())
+        folder.write(f"{stem}-{number:05d}.parquet", out.getvalue())
     for path in old:
-        filesystem.delete_file(path)
+        folder.filesystem.delete_file(path)
     return counts
 
 
@@ -398,10 +391,10 @@ class _Latest:
         return self.is_latest & (self.is_ok if status == "ok" else ~self.is_ok)
 
 
-def _latest(filesystem: pafs.FileSystem, files: Sequence[str]) -> _Latest:
+def _latest(folder: Folder, files: Sequence[str]) -> _Latest:
     """Reads id, attempt and status of all files. Of equal attempts the first counts."""
     ids, attempts, oks = [], [], []
-    for batch in _read(filesystem, files, _choose(LEDGER_SCHEMA, ["id", "attempt", "status"]), READ_BATCH_ROWS):
+    for batch in _read(folder, files, _choose(LEDGER_SCHEMA, ["id", "attempt", "status"]), READ_BATCH_ROWS):
         ids.append(batch.column("id").to_numpy())
         attempts.append(batch.column("attempt").to_numpy())
         oks.append(np.asarray(batch.column("status").to_pylist(), dtype=object) == "ok")
@@ -426,13 +419,11 @@ def _choose(schema: pa.Schema, columns: Sequence[str] | None) -> pa.Schema:
     return pa.schema([schema.field(name) for name in columns])
 
 
-def _read(
-    filesystem: pafs.FileSystem, files: Sequence[str], schema: pa.Schema, batch_rows: int
-) -> Iterator[pa.RecordBatch]:
+def _read(folder: Folder, files: Sequence[str], schema: pa.Schema, batch_rows: int) -> Iterator[pa.RecordBatch]:
     """Streams the columns of `schema` of all files, cast to it."""
     for path in files:
         try:
-            with _open(filesystem, path) as file:
+            with _open(folder, path) as file:
                 # One buffer instead of whole column chunks: memory stays bounded whatever the row groups are.
                 parquet = pq.ParquetFile(file, buffer_size=1 << 16, pre_buffer=False)
                 _check_columns(path, parquet.schema_arrow, schema)
@@ -448,17 +439,17 @@ def _read(
             raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def _open(filesystem: pafs.FileSystem, path: str) -> Any:
+def _open(folder: Folder, path: str) -> Any:
     """A file to read parts of.
 
     From an object store the whole object comes in one request instead of dozens. It also avoids reads of a few
     bytes, which the SDK does not try again when the store answers with an error (its body overruns the buffer).
     """
-    if filesystem.type_name == "local":
-        return filesystem.open_input_file(path)
+    if folder.is_local:
+        return folder.filesystem.open_input_file(path)
 
     def read() -> Any:
-        with filesystem.open_input_file(path) as file:
+        with folder.filesystem.open_input_file(path) as file:
             return file.read_buffer(file.size())
 
     return pa.BufferReader(with_retries(read))

@@ -1,4 +1,4 @@
-"""Folders on a local disk or in an S3 store, named by URL, and the record of the run that fills one.
+"""Folders on a local disk or in an S3 store, named by URL.
 
 `/data/x`, `data/x`, `~/x`, `file:///data/x` and `s3://bucket/prefix` are opened by `open_folder`. Credentials and
 region are found as AWS tools find them (environment, profile, instance role); the address of a store that is not
@@ -41,7 +41,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder in a store; `name` arguments are relative to it (see `mgie.storage.folder.resolve_uri` for what is allowed).
+    """A folder in a store; `name` arguments are relative to it (see `resolve_uri`).
 
     In an object store a folder is a prefix: it needs not be made, and an empty one does not exist.
     """
@@ -70,7 +70,7 @@ class Folder:
 
         Raises:
             DataError: The name leads out of the folder.
-            OSError: It cannot be read; `stores.is_absent` tells a fault of the name from one of the store.
+            OSError: It cannot be read; `retry.is_absent` tells a fault of the name from one of the store.
         """
         path = self.at(name)
 
@@ -83,7 +83,22 @@ class Folder:
     def write(self, name: str, data: bytes) -> None:
         """Writes a small file at once; others see all of it or nothing. Raises OSError."""
         path = self.at(name)
-        with_retries(lambda: write_atomically(self.filesystem, path, data))
+        with_retries(lambda: self._write(path, data))
+
+    def _write(self, path: str, data: bytes) -> None:
+        """On a local disk the file is moved into place; an object store shows an object when its upload is complete."""
+        parent, base = posixpath.split(path)
+        if self.is_local:
+            self.filesystem.create_dir(parent, recursive=True)
+        partial = f"{parent}/.{base}.{uuid.uuid4().hex}.tmp" if self.is_local else path
+        try:
+            with self.filesystem.open_output_stream(partial) as stream:
+                stream.write(data)
+            if self.is_local:
+                self.filesystem.move(partial, path)
+        except OSError:
+            self._delete_partial(partial)
+            raise
 
     @contextmanager
     def publish(self, name: str) -> Iterator[Path]:
@@ -112,10 +127,13 @@ class Folder:
             with local.open("rb") as source, self.filesystem.open_output_stream(target) as stream:
                 shutil.copyfileobj(source, stream, _COPY_BYTES)
         except OSError:
-            # Closing the stream published what had arrived.
-            if self.filesystem.get_file_info(target).type == pafs.FileType.File:
-                self.filesystem.delete_file(target)
+            self._delete_partial(target)
             raise
+
+    def _delete_partial(self, path: str) -> None:
+        """Removes what arrived before a fault: closing the stream published it."""
+        if self.filesystem.get_file_info(path).type == pafs.FileType.File:
+            self.filesystem.delete_file(path)
 
     def list(self, name: str = ".", *, is_recursive: bool = False) -> list[Entry]:
         """What the folder `name` in this one holds, sorted; nothing if there is none. Hidden names (`.x`) are left out."""
@@ -186,9 +204,6 @@ def _s3(endpoint: str | None) -> pafs.S3FileSystem:
     )
 
 
-# ---- the run that fills a folder
-
-
 def resolve_uri(root: str, uri: str) -> str:
     """A URI of a row below its root (a path or URL, as `images_root` gives it).
 
@@ -200,24 +215,3 @@ def resolve_uri(root: str, uri: str) -> str:
     if not is_plain or ".." in uri.split("/"):
         raise DataError(f"image URI is {uri!r}; it must be a relative path without '..'")
     return f"{root.rstrip('/')}/{posixpath.normpath(uri)}"
-
-
-def write_atomically(filesystem: pafs.FileSystem, path: str, data: bytes) -> None:
-    """Writes a whole file that others see complete or not at all, replacing what was there.
-
-    On a local disk it is moved into place; an object store shows an object when its upload is complete.
-    """
-    is_local = filesystem.type_name == "local"
-    if is_local:
-        filesystem.create_dir(posixpath.dirname(path), recursive=True)
-    name = f"{posixpath.dirname(path)}/.{posixpath.basename(path)}.{uuid.uuid4().hex}.tmp" if is_local else path
-    try:
-        with filesystem.open_output_stream(name) as stream:
-            stream.write(data)
-        if is_local:
-            filesystem.move(name, path)
-    except OSError:
-        # Closing a stream after a failed write would publish what arrived so far.
-        if filesystem.get_file_info(name).type == pafs.FileType.File:
-            filesystem.delete_file(name)
-        raise

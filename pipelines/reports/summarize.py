@@ -102,7 +102,7 @@ def write_report(out: Folder, images: Folder, report: Mapping[str, Any], *, seed
 
 def ledger_counts(out: Folder) -> dict[str, int]:
     """Counts of the whole ledger as its reader sees it."""
-    return dict(vars(count_ledger(out.filesystem, out.path)))
+    return dict(vars(count_ledger(out)))
 
 
 def _samples(out: Folder, images: Folder, seed: int) -> list[dict[str, Any]]:
@@ -110,7 +110,7 @@ def _samples(out: Folder, images: Folder, seed: int) -> list[dict[str, Any]]:
     chooser, seen = random.Random(seed), 0  # noqa: S311  # a choice of pictures
     chosen: list[dict[str, Any]] = []
     columns = ["source", "goal", "instruction", "verbose", "expressive", "status", "reason"]
-    for batch in read_ledger(out.filesystem, out.path, status=None, columns=columns):
+    for batch in read_ledger(out, status=None, columns=columns):
         for row in batch.to_pylist():
             seen += 1
             if len(chosen) < _NUM_SAMPLES:

@@ -88,15 +88,13 @@ def read_rows(
 
 
 def _read(folder: Folder, *, gives_expressive: bool) -> list[Row]:
-    files = list_parquet(folder.filesystem, folder.path)
+    files = list_parquet(folder)
     is_ledger = bool(files) and "attempt" in _column_names(folder, files[0])
     if gives_expressive and not is_ledger:
         raise ConfigError(f"{folder.url} is no ledger: it has no expressive instructions to give")
     columns = [*_COLUMNS, "expressive"] if gives_expressive else _COLUMNS
-    if is_ledger:  # also the rows that got no expressive instruction: the data set is scored, not the ledger
-        batches = read_ledger(folder.filesystem, folder.path, status=None, columns=columns)
-    else:
-        batches = read_manifest(folder.filesystem, folder.path, columns=columns)
+    # Also the rows that got no expressive instruction: the data set is scored, not the ledger.
+    batches = read_ledger(folder, status=None, columns=columns) if is_ledger else read_manifest(folder, columns=columns)
     rows: list[Row] = pa.Table.from_batches(batches).to_pylist()
     return rows
 
@@ -152,7 +150,7 @@ def add_results(rows: Sequence[Row], results: Folder) -> list[Row]:
         DataError: The folder holds no such run, or several results for one source and instruction.
     """
     last: dict[int, Row] = {}
-    for path in list_parquet(results.filesystem, results.path):
+    for path in list_parquet(results):
         try:
             table = pq.read_table(path, columns=EDITS_SCHEMA.names, filesystem=results.filesystem)
         except (pa.ArrowInvalid, OSError) as error:

@@ -88,8 +88,8 @@ def freeze_rows(
         return _read(run)
     frozen = []
     for number, ledger in enumerate(ledgers):
-        root = images_root(ledger.filesystem, ledger.path, moved_to=images[number] if images else None)
-        batches = read_edits(ledger.filesystem, ledger.path, columns=COLUMNS)
+        root = images_root(ledger, moved_to=images[number] if images else None)
+        batches = read_edits(ledger, columns=COLUMNS)
         with tempfile.TemporaryDirectory(prefix="mgie-rows-") as local:
             counts = freeze_examples(
                 batches, Path(local), validation_share=validation_share, needs_expressive=needs_expressive

@@ -346,7 +346,7 @@ def _open_caches(job: TrainingJob, bundle: Bundle, rows: OpenRows, scratch: Path
             return None
         if cache.is_local:
             return Path(cache.path)
-        return fetch_cache(cache.filesystem, cache.path, scratch.parent / _CACHES, kind=kind)
+        return fetch_cache(cache, scratch.parent / _CACHES, kind=kind)
 
     side_px = training_side_px(bundle, job.config)
     return open_caches(folder_of, bundle, [*rows.train, *rows.validation], side_px)

@@ -23,6 +23,7 @@ from mgie.errors import BundleError, DataError
 from mgie.images.files import read_image
 from mgie.images.geometry import PUBLISHED_SIDE_PX, training_pixels
 from mgie.images.pixels import to_signed
+from mgie.storage.folder import open_folder
 from mgie.training.checkpoint import TensorSet, read_snapshot
 from tests.v0_1 import DATA, assert_same_picture, computes_alike, draw_mask, draw_photo, recorded
 
@@ -119,7 +120,7 @@ def test_the_recorded_edits_differ_in_all_that_decides_an_edit() -> None:
 
 
 def test_a_manifest_gives_its_rows() -> None:
-    rows = [row for batch in read_manifest(LOCAL, str(DATA / "manifest" / "manifest")) for row in batch.to_pylist()]
+    rows = [row for batch in read_manifest(open_folder(DATA / "manifest" / "manifest")) for row in batch.to_pylist()]
     assert len(rows) == 12
     assert rows[0] == {
         "id": 5700366702183069559, "dataset": "drawn", "split": "train", "source": "photos/00-source.png",
@@ -128,14 +129,14 @@ def test_a_manifest_gives_its_rows() -> None:
         "provenance": '{"file":"rows.jsonl","goal_wh":[48,48],"row":0,"source_wh":[48,48]}',
     }  # fmt: skip
     for name in ("manifest/manifest", "ledger"):
-        assert images_root(LOCAL, str(DATA / name)) == "s3://v0-1/raw"
-        assert images_root(LOCAL, str(DATA / name), moved_to=str(DATA / "raw")) == str(DATA / "raw")
+        assert images_root(open_folder(DATA / name)) == "s3://v0-1/raw"
+        assert images_root(open_folder(DATA / name), moved_to=str(DATA / "raw")) == str(DATA / "raw")
 
 
 def test_a_ledger_gives_the_words_that_were_written_for_its_rows() -> None:
     folder = str(DATA / "ledger")
     columns = ["id", "status", "reason", "attempt", "instruction", "verbose", "expressive", "summarize_revision"]
-    batches = read_ledger(LOCAL, folder, status=None, columns=columns)
+    batches = read_ledger(open_folder(folder), status=None, columns=columns)
     rows = {row["id"]: row for batch in batches for row in batch.to_pylist()}
     assert Counter(row["status"] for row in rows.values()) == {"ok": 11, "rejected": 1}
     assert rows[3535263765658503230] == {
@@ -148,16 +149,16 @@ def test_a_ledger_gives_the_words_that_were_written_for_its_rows() -> None:
     }  # fmt: skip
     lost = rows[553569178372446955]
     assert (lost["status"], rejection_code(lost["reason"]), lost["expressive"]) == ("rejected", "missing_file", None)
-    counts = count_ledger(LOCAL, folder)
+    counts = count_ledger(open_folder(folder))
     assert (counts.num_rows, counts.num_ids, counts.num_repeated) == (12, 12, 0)
-    assert sum(len(batch) for batch in read_edits(LOCAL, folder, columns=["id", "expressive"])) == 11
+    assert sum(len(batch) for batch in read_edits(open_folder(folder), columns=["id", "expressive"])) == 11
 
 
 # ---- a cache
 
 
 def _ids() -> list[int]:
-    batches = read_edits(LOCAL, str(DATA / "ledger"), columns=["id"])
+    batches = read_edits(open_folder(DATA / "ledger"), columns=["id"])
     return [number for batch in batches for number in batch.column("id").to_pylist()]
 
 
@@ -169,7 +170,7 @@ def _open(folder: Path, kind: CacheKind, encoder: str, ids: list[int]) -> Latent
 def test_a_cache_holds_what_the_bundle_encodes_of_the_photos() -> None:
     bundle, ids = Bundle(DATA / "bundle"), _ids()
     columns = ["id", "source", "goal"]
-    rows = [row for batch in read_edits(LOCAL, str(DATA / "ledger"), columns=columns) for row in batch.to_pylist()]
+    rows = [row for batch in read_edits(open_folder(DATA / "ledger"), columns=columns) for row in batch.to_pylist()]
 
     def squares(column: str, side_px: int) -> list[Image.Image]:
         return [training_pixels(read_image((DATA / "raw" / row[column]).read_bytes()), side_px) for row in rows]

@@ -92,14 +92,14 @@ def write_manifest(folder: Folder, num_rows: int, *, seed: int = 0, side_px: int
     for number, part in enumerate((table.slice(0, half), table.slice(half))):
         with folder.publish(f"part-{number}.parquet") as path:
             pq.write_table(part, path)
-    write_images_root(folder.filesystem, folder.path, ".")
+    write_images_root(folder, ".")
     return num_good
 
 
 def ledger_rows(out: Folder) -> dict[int, dict[str, Any]]:
     """Rows by id, as the reader gives them."""
     columns = ["id", "status", "reason", "attempt", "verbose", "expressive", "instruction"]
-    batches = read_ledger(out.filesystem, out.path, status=None, columns=columns)
+    batches = read_ledger(out, status=None, columns=columns)
     rows = pa.Table.from_batches(batches).to_pylist()
     by_id = {row["id"]: row for row in rows}
     assert len(by_id) == len(rows), "the reader repeats ids"
@@ -108,7 +108,7 @@ def ledger_rows(out: Folder) -> dict[int, dict[str, Any]]:
 
 def num_described(out: Folder) -> int:
     """Rows in the ledger's files that a model has described."""
-    if not count_ledger(out.filesystem, out.path).num_rows:
+    if not count_ledger(out).num_rows:
         return 0
     return sum(row["verbose"] is not None for row in ledger_rows(out).values())
 

@@ -87,7 +87,7 @@ def write_manifest(folder: Path, rows: list[dict[str, Any]]) -> Path:
     manifest = open_folder(folder / "manifest")
     with manifest.publish("part-0.parquet") as path:
         pq.write_table(to_table(rows, MANIFEST_SCHEMA), path)
-    write_images_root(manifest.filesystem, manifest.path, "..")
+    write_images_root(manifest, "..")
     return folder / "manifest"
 
 
@@ -97,7 +97,7 @@ def write_ledger(folder: Path, rows: list[dict[str, Any]]) -> Path:
     with ledger.publish("part-0.parquet") as path:
         settled = [{"attempt": 1, "status": "ok" if r.get("expressive") else "rejected"} | r for r in rows]
         pq.write_table(to_table(settled, LEDGER_SCHEMA), path)
-    write_images_root(ledger.filesystem, ledger.path, "..")
+    write_images_root(ledger, "..")
     return folder / "ledger"
 
 

@@ -70,7 +70,7 @@ def _write_ledger(folder: Folder, rows: list[dict[str, Any]]) -> None:
     others = [rows[0] | {"attempt": 1, "status": "rejected"}, rows[0] | {"id": 5, "status": "rejected", "source": "x"}]
     with folder.publish("ledger/part-0.parquet") as path:
         pq.write_table(to_table([*others, *rows], LEDGER_SCHEMA), path)
-    write_images_root(folder.filesystem, folder.at("ledger"), "..")
+    write_images_root(folder.child("ledger"), "..")
 
 
 def _ids(rows: list[dict[str, Any]]) -> Ids:
@@ -277,7 +277,7 @@ def test_a_cache_in_an_object_store_grows_with_another_ledger_and_is_copied(
     out = open_folder(f"{s3}/out")
     ids = _ids(_rows(20))
     for kind, side_px in (("vae_moments", 64), ("clip_features", PUBLISHED_SIDE_PX)):
-        local = fetch_cache(out.filesystem, out.path, tmp_path / "local", kind=kind)
+        local = fetch_cache(out, tmp_path / "local", kind=kind)
         opened = _open(local, kind, ids, side_px)
         if kind == "clip_features":
             found, expected = opened.features(ids.tolist()), _features(_rows(20))

@@ -11,6 +11,7 @@ from PIL import Image
 from mgie.data.ledger import LEDGER_SCHEMA, to_table, write_images_root
 from mgie.errors import ConfigError, DataError
 from mgie.images.files import read_image
+from mgie.storage.folder import open_folder
 from pipelines import export as job
 from pipelines.export import ExportConfig, export
 from tests.pipelines.raw_data import picture, read_rows
@@ -32,7 +33,7 @@ def _write_ledger(folder: Path, splits: list[str], *, kind: str = "jpeg") -> lis
     stored = [*rows, {**rows[1], "attempt": 0, "expressive": "old"}, {**rows[0], "id": 1, "status": "rejected"}]
     (folder / "ledger").mkdir()
     pq.write_table(to_table(stored, LEDGER_SCHEMA), folder / "ledger" / "a.parquet")
-    write_images_root(LOCAL, str(folder / "ledger"), "..")
+    write_images_root(open_folder(folder / "ledger"), "..")
     return rows
 
 

@@ -145,8 +145,8 @@ def test_a_folder_that_brings_its_images_can_be_moved(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "raw")
     (tmp_path / "out").rename(tmp_path / "moved")
     manifest = str(tmp_path / "moved" / "manifest")
-    root = images_root(LOCAL, manifest)
-    (batch,) = read_manifest(LOCAL, manifest)
+    root = images_root(open_folder(manifest))
+    (batch,) = read_manifest(open_folder(manifest))
     for row, edit in zip(batch.to_pylist(), written, strict=True):
         assert Path(resolve_uri(root, row["source"])).read_bytes() == edit.source
         assert Path(resolve_uri(root, row["goal"])).read_bytes() == edit.goal
@@ -198,7 +198,7 @@ def test_no_good_rows_is_an_error_that_says_why(tmp_path: Path, capsys: pytest.C
     assert "'bad_image': 3" in error
     assert len(_rows(tmp_path / "out", "rejected")) == 3
     with pytest.raises(DataError, match="did not finish"):
-        images_root(LOCAL, str(tmp_path / "out" / "manifest"))
+        images_root(open_folder(tmp_path / "out" / "manifest"))
 
 
 @pytest.mark.usefixtures("cluster", "_small_shards")
@@ -236,9 +236,9 @@ def test_on_s3_the_rows_are_the_same_as_on_disk(layout: Any, s3: str, s3_server:
     assert report.num_rows == 5
     assert prepare(remote).was_done
     out = open_folder(report.manifest, endpoint=s3_server)
-    rows = [row for batch in read_manifest(out.filesystem, out.path) for row in batch.to_pylist()]
+    rows = [row for batch in read_manifest(out) for row in batch.to_pylist()]
     assert rows == _rows(tmp_path / "out")
-    root = images_root(out.filesystem, out.path)
+    root = images_root(out)
     assert root == (f"{s3}/raw" if layout == "ipr2pr" else f"{s3}/run")
     assert open_folder(root, endpoint=s3_server).read(rows[0]["goal"]) == edits(5)[0].goal
     assert open_folder(f"{s3}/run/_staging", endpoint=s3_server).list() == []

@@ -67,7 +67,7 @@ def test_prepare_without_arguments_prepares_the_sample_as_a_bare_executable(head
 def test_summarize_without_arguments_runs_the_sample_as_a_bare_executable(head: dict[str, str]) -> None:
     text = _submit(head, "pipelines/summarize.py")
     [folder] = re.findall(r"ledger: (\S+?);", " ".join(text.split()))[-1:]
-    counts = count_ledger(open_folder(folder).filesystem, open_folder(folder).path)
+    counts = count_ledger(open_folder(folder))
     assert counts.num_ids == counts.num_ok > 0
 
 

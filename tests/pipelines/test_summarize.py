@@ -161,7 +161,7 @@ def _killed(cluster: Cluster, endpoint: Endpoint, folder: Path) -> Survivor:
 def assert_complete_and_right(out: Folder, num_rows: int, num_good: int) -> None:
     """Nothing missing, nothing twice, and in each row what an undisturbed run of the plain stages would write."""
     rows = ledger_rows(out)
-    counts = count_ledger(out.filesystem, out.path)
+    counts = count_ledger(out)
     assert (len(rows), counts.num_ids, counts.num_rows, counts.num_repeated) == (num_rows, num_rows, num_rows, 0)
     good = [row for row in rows.values() if row["status"] == "ok"]
     assert len(good) == num_good > 0

@@ -56,8 +56,8 @@ def write_cache(folder: Folder, ledger: Folder, *, bundle: str = "random", side_
     arrays = {
         name: encoded.column(name).combine_chunks().flatten().to_numpy().reshape(len(rows), -1) for name in spec.shapes
     }
-    write_shard(folder.filesystem, folder.path, spec, rows.column("id").to_numpy(), arrays)
-    finish_cache(folder.filesystem, folder.path, spec, list_shards(folder.filesystem, folder.path, spec))
+    write_shard(folder, spec, rows.column("id").to_numpy(), arrays)
+    finish_cache(folder, spec, list_shards(folder, spec))
 
 
 # ---- refused before anything starts

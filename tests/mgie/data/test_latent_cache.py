@@ -27,6 +27,7 @@ from mgie.data.latent_cache import (
 )
 from mgie.data.latent_reader import LatentCache
 from mgie.errors import BundleError, DataError
+from mgie.storage.folder import open_folder
 
 LOCAL = pafs.LocalFileSystem()
 SHAPES = {"source_mean": (4, 3, 5), "goal_mean": (4, 3, 5), "goal_logvar": (4, 3, 5)}
@@ -48,11 +49,11 @@ def _write(folder: Path, rows: Rows, *, spec: CacheSpec = SPEC, per_shard: int =
     for start in range(0, len(ids), per_shard):
         some = ids[start : start + per_shard]
         arrays = {name: np.stack([rows[number][name] for number in some]) for name in spec.shapes}
-        write_shard(LOCAL, str(folder), spec, np.array(some), arrays)
+        write_shard(open_folder(folder), spec, np.array(some), arrays)
 
 
 def _finish(folder: Path, spec: CacheSpec = SPEC) -> None:
-    finish_cache(LOCAL, str(folder), spec, list_shards(LOCAL, str(folder), spec))
+    finish_cache(open_folder(folder), spec, list_shards(open_folder(folder), spec))
 
 
 def _ids(rows: Rows) -> Ids:
@@ -155,8 +156,8 @@ def test_a_cache_grows_and_what_its_stamp_does_not_list_is_not_part_of_it(folder
 def test_a_row_in_two_shards_counts_once(folder: Path, rows: Rows) -> None:
     again = dict(list(rows.items())[3:9])
     _write(folder, again)
-    shards = list_shards(LOCAL, str(folder), SPEC)
-    assert finish_cache(LOCAL, str(folder), SPEC, shards).num_rows == 40
+    shards = list_shards(open_folder(folder), SPEC)
+    assert finish_cache(open_folder(folder), SPEC, shards).num_rows == 40
     assert np.array_equal(cached_ids(shards.values()), np.sort(_ids(rows)))
     found = _open(folder, _ids(rows)).moments(list(rows)).source_mean
     assert np.array_equal(found.numpy(), np.stack([row["source_mean"] for row in rows.values()]))
@@ -250,14 +251,14 @@ def test_a_shard_cut_while_the_cache_is_open_is_an_error_not_a_crash(folder: Pat
 def test_a_writer_refuses_to_go_on_beside_a_cut_shard(folder: Path) -> None:
     _cut(_shard_file(folder, ".bin"))
     with pytest.raises(DataError, match=r"delete it and its \.ids"):
-        list_shards(LOCAL, str(folder), SPEC)
+        list_shards(open_folder(folder), SPEC)
 
 
 def test_rows_whose_index_was_not_written_do_not_count(tmp_path: Path, rows: Rows) -> None:
     _write(tmp_path, rows)
     _shard_file(tmp_path, ".ids").unlink()
-    assert len(cached_ids(list_shards(LOCAL, str(tmp_path), SPEC).values())) == 33
-    assert list_shards(LOCAL, str(tmp_path / "none"), SPEC) == {}
+    assert len(cached_ids(list_shards(open_folder(tmp_path), SPEC).values())) == 33
+    assert list_shards(open_folder(tmp_path / "none"), SPEC) == {}
 
 
 @pytest.mark.parametrize(
@@ -319,7 +320,7 @@ def test_bundles_with_the_same_encoder_share_caches(random_folder: Path) -> None
 
 
 def _fetch(folder: Path, local: Path) -> Path:
-    return fetch_cache(LOCAL, str(folder), local, kind="vae_moments")
+    return fetch_cache(open_folder(folder), local, kind="vae_moments")
 
 
 def _state(folder: Path) -> dict[Path, tuple[int, int]]:

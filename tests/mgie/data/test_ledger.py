@@ -28,7 +28,7 @@ from mgie.data.ledger import (
     write_images_root,
 )
 from mgie.errors import DataError
-from mgie.storage.folder import resolve_uri, write_atomically
+from mgie.storage.folder import Folder, open_folder, resolve_uri
 
 LOCAL = pafs.LocalFileSystem()
 ROW: dict[str, Any] = {
@@ -51,7 +51,7 @@ def _write(folder: Path, name: str, rows: list[dict[str, Any]], schema: pa.Schem
 
 
 def _read(folder: Path, **options: Any) -> list[dict[str, Any]]:
-    return [row for batch in read_ledger(LOCAL, str(folder), **options) for row in batch.to_pylist()]
+    return [row for batch in read_ledger(open_folder(folder), **options) for row in batch.to_pylist()]
 
 
 def test_edits_are_read_of_ledgers_and_of_manifests(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_edits_are_read_of_ledgers_and_of_manifests(tmp_path: Path) -> None:
     _write(tmp_path / "ledger", "a.parquet", [_row(1, expressive="Night."), _row(2, status="rejected")])
     _write(tmp_path / "manifest", "a.parquet", [{**ROW, "id": 1}, {**ROW, "id": 2}], MANIFEST_SCHEMA)
     read = {
-        name: [row for batch in read_edits(LOCAL, str(tmp_path / name), columns=columns) for row in batch.to_pylist()]
+        name: [row for batch in read_edits(open_folder(tmp_path / name), columns=columns) for row in batch.to_pylist()]
         for name in ("ledger", "manifest")
     }
     words = {"instruction": "make it night"}
@@ -122,29 +122,29 @@ def test_a_uri_that_leads_out_is_refused(uri: str) -> None:
 
 @pytest.mark.parametrize("root", ["/somewhere/else", "s3://bucket/prefix"])
 def test_an_absolute_root_is_read_as_it_was_written(root: str, tmp_path: Path) -> None:
-    write_images_root(LOCAL, str(tmp_path), root)
-    assert images_root(LOCAL, str(tmp_path)) == root
-    assert images_root(LOCAL, str(tmp_path), moved_to="/new") == "/new"
+    write_images_root(open_folder(tmp_path), root)
+    assert images_root(open_folder(tmp_path)) == root
+    assert images_root(open_folder(tmp_path), moved_to="/new") == "/new"
 
 
 def test_a_relative_root_moves_with_the_folder(tmp_path: Path) -> None:
     (tmp_path / "run" / "manifest").mkdir(parents=True)
-    write_images_root(LOCAL, str(tmp_path / "run" / "manifest"), "..")
-    assert images_root(LOCAL, str(tmp_path / "run" / "manifest")) == str(tmp_path / "run")
+    write_images_root(open_folder(tmp_path / "run" / "manifest"), "..")
+    assert images_root(open_folder(tmp_path / "run" / "manifest")) == str(tmp_path / "run")
     (tmp_path / "run").rename(tmp_path / "moved")
-    assert images_root(LOCAL, str(tmp_path / "moved" / "manifest")) == str(tmp_path / "moved")
+    assert images_root(open_folder(tmp_path / "moved" / "manifest")) == str(tmp_path / "moved")
 
 
 def test_a_folder_without_root_was_not_finished(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="did not finish"):
-        images_root(LOCAL, str(tmp_path))
+        images_root(open_folder(tmp_path))
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 1}', '{"format": 2, "root": "x"}'])
 def test_a_damaged_root_is_a_data_error(content: str, tmp_path: Path) -> None:
     (tmp_path / "images.json").write_text(content)
     with pytest.raises(DataError, match=r"images\.json"):
-        images_root(LOCAL, str(tmp_path))
+        images_root(open_folder(tmp_path))
 
 
 # ---- reading
@@ -187,7 +187,7 @@ def test_the_ledger_reader_equals_a_plain_loop(
     found = _read(folder, status=None, batch_rows=batch_rows)
     assert {(r["id"], r["attempt"], r["verbose"]) for r in found} == {(n, a, str(p)) for n, (a, p, _) in best.items()}
     assert len(found) == len(best)
-    counts = count_ledger(LOCAL, str(folder))
+    counts = count_ledger(open_folder(folder))
     assert counts.num_rows == len(rows)
     assert (counts.num_ids, counts.num_ok) == (len(best), sum(is_ok for _, _, is_ok in best.values()))
     assert counts.num_ok + counts.num_rejected == counts.num_ids
@@ -196,10 +196,10 @@ def test_the_ledger_reader_equals_a_plain_loop(
 
 def test_columns_are_chosen_in_order(tmp_path: Path) -> None:
     _write(tmp_path / "l", "a.parquet", [_row(1)])
-    (batch,) = read_ledger(LOCAL, str(tmp_path / "l"), columns=["instruction", "id"])
+    (batch,) = read_ledger(open_folder(tmp_path / "l"), columns=["instruction", "id"])
     assert batch.schema.names == ["instruction", "id"]
     with pytest.raises(DataError, match="nonsense"):
-        list(read_ledger(LOCAL, str(tmp_path / "l"), columns=["nonsense"]))
+        list(read_ledger(open_folder(tmp_path / "l"), columns=["nonsense"]))
 
 
 def test_a_ledger_without_good_rows_is_a_data_error(tmp_path: Path) -> None:
@@ -215,8 +215,8 @@ def test_no_rows_is_a_data_error(folder: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no rows"):
         _read(tmp_path / folder)
     with pytest.raises(DataError, match="no rows"):
-        list(read_manifest(LOCAL, str(tmp_path / folder)))
-    assert count_ledger(LOCAL, str(tmp_path / folder)).num_rows == 0
+        list(read_manifest(open_folder(tmp_path / folder)))
+    assert count_ledger(open_folder(tmp_path / folder)).num_rows == 0
 
 
 def test_missing_and_wrong_columns_are_named(tmp_path: Path) -> None:
@@ -227,14 +227,14 @@ def test_missing_and_wrong_columns_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"attempt is string, not int32"):
         _read(tmp_path / "l", columns=["instruction"])
     with pytest.raises(DataError, match=r"missing columns goal.*"):
-        list(read_manifest(LOCAL, str(tmp_path / "l")))
+        list(read_manifest(open_folder(tmp_path / "l")))
 
 
 def test_a_null_where_none_is_allowed_is_a_data_error(tmp_path: Path) -> None:
     schema = pa.schema([field.with_nullable(True) for field in MANIFEST_SCHEMA])
     _write(tmp_path / "m", "a.parquet", [{**ROW, "id": 1, "instruction": None}], schema)
     with pytest.raises(DataError, match="1 nulls in column 'instruction'"):
-        list(read_manifest(LOCAL, str(tmp_path / "m")))
+        list(read_manifest(open_folder(tmp_path / "m")))
 
 
 def test_what_other_writers_make_of_the_types_is_read(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_what_other_writers_make_of_the_types_is_read(tmp_path: Path) -> None:
         table = table.append_column(name, column) if place < 0 else table.set_column(place, name, column)
     (tmp_path / "l").mkdir()
     pq.write_table(table, tmp_path / "l" / "a.parquet")
-    (batch,) = read_ledger(LOCAL, str(tmp_path / "l"))
+    (batch,) = read_ledger(open_folder(tmp_path / "l"))
     assert batch.schema == LEDGER_SCHEMA
 
 
@@ -266,7 +266,7 @@ def test_hidden_files_are_no_part_of_a_folder(tmp_path: Path) -> None:
     for name in (".a.parquet", "_a.parquet", "b.parquet", "c.txt"):
         (tmp_path / name).touch()
     (tmp_path / "d.parquet").mkdir()
-    assert list_parquet(LOCAL, str(tmp_path)) == [str(tmp_path / "b.parquet")]
+    assert list_parquet(open_folder(tmp_path)) == [str(tmp_path / "b.parquet")]
 
 
 # ---- rewriting
@@ -278,11 +278,11 @@ def test_compaction_keeps_what_the_reader_sees(tmp_path: Path) -> None:
         rows = [_row(int(i), part + 1, "ok" if i % 3 else "rejected", verbose=f"{part}") for i in rng.permutation(20)]
         _write(tmp_path / "l", f"{part}.parquet", rows)
     before = _read(tmp_path / "l", status=None)
-    counts = compact_ledger(LOCAL, str(tmp_path / "l"), rows_per_file=7)
+    counts = compact_ledger(open_folder(tmp_path / "l"), rows_per_file=7)
     assert (counts.num_rows, counts.num_ids) == (100, 20)
     assert _read(tmp_path / "l", status=None) == before
-    assert len(list_parquet(LOCAL, str(tmp_path / "l"))) == 3
-    again = compact_ledger(LOCAL, str(tmp_path / "l"))
+    assert len(list_parquet(open_folder(tmp_path / "l"))) == 3
+    again = compact_ledger(open_folder(tmp_path / "l"))
     assert (again.num_rows, again.num_repeated) == (20, 0)
     assert _read(tmp_path / "l", status=None) == before
 
@@ -303,11 +303,11 @@ def test_compaction_killed_before_the_old_files_go_loses_nothing(
             raise KilledError(path)
 
     with pytest.raises(KilledError):
-        compact_ledger(FileSystem(), str(tmp_path / "l"))
-    assert len(list_parquet(LOCAL, str(tmp_path / "l"))) == 3
+        compact_ledger(Folder(str(tmp_path / "l"), FileSystem(), str(tmp_path / "l")))
+    assert len(list_parquet(open_folder(tmp_path / "l"))) == 3
     assert sorted((r["id"], r["attempt"]) for r in _read(tmp_path / "l")) == [(1, 1), (2, 2), (3, 1)]
-    compact_ledger(LOCAL, str(tmp_path / "l"))
-    assert len(list_parquet(LOCAL, str(tmp_path / "l"))) == 1
+    compact_ledger(open_folder(tmp_path / "l"))
+    assert len(list_parquet(open_folder(tmp_path / "l"))) == 1
     assert sorted((r["id"], r["attempt"]) for r in _read(tmp_path / "l")) == [(1, 1), (2, 2), (3, 1)]
 
 
@@ -320,21 +320,6 @@ def test_split_rows_regroups_and_keeps_the_order(sizes: list[int], rows_per_tabl
     assert [x for table in tables for x in table["x"].to_pylist()] == list(range(sum(sizes)))
     assert all(len(table) == rows_per_table for table in tables[:-1])
     assert len(tables[-1]) <= rows_per_table
-
-
-def test_a_failed_write_leaves_neither_file_nor_remains(tmp_path: Path) -> None:
-    write_atomically(LOCAL, str(tmp_path / "sub" / "x"), b"first")
-
-    class FileSystem(pafs.LocalFileSystem):
-        """Its disk is full."""
-
-        def move(self, *paths: str) -> None:
-            raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match="No space"):
-        write_atomically(FileSystem(), str(tmp_path / "sub" / "x"), b"second")
-    assert [path.name for path in (tmp_path / "sub").iterdir()] == ["x"]
-    assert (tmp_path / "sub" / "x").read_bytes() == b"first"
 
 
 def test_rows_that_do_not_fit_the_schema_are_a_data_error() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import fs as pafs
 
 from mgie.data.ledger import images_root, read_manifest, write_images_root
 from mgie.errors import ConfigError, DataError
@@ -109,10 +110,10 @@ def test_manifests_are_read_through_a_folder(folder: Folder) -> None:
     }
     with folder.publish("manifest/part-00000.parquet") as path:
         pq.write_table(to_table([row], MANIFEST_SCHEMA), path)
-    write_images_root(folder.filesystem, folder.at("manifest"), "..")
-    (batch,) = read_manifest(folder.filesystem, folder.at("manifest"))
+    write_images_root(folder.child("manifest"), "..")
+    (batch,) = read_manifest(folder.child("manifest"))
     assert batch.to_pylist()[0]["instruction"] == "i"
-    assert images_root(folder.filesystem, folder.at("manifest")) == folder.url
+    assert images_root(folder.child("manifest")) == folder.url
 
 
 # ---- URLs
@@ -203,3 +204,18 @@ def test_damaged_content_is_no_fault_of_the_store() -> None:
     assert not is_store_fault(OSError("Corrupt snappy compressed data."))
     assert is_store_fault(OSError(5, "Input/output error"))
     assert is_store_fault(PermissionError(13, "Permission denied"))
+
+
+def test_a_failed_write_leaves_neither_file_nor_remains(tmp_path: Path) -> None:
+    open_folder(tmp_path).write("sub/x", b"first")
+
+    class FileSystem(pafs.LocalFileSystem):
+        """Its disk is full."""
+
+        def move(self, *paths: str) -> None:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        Folder(str(tmp_path), FileSystem(), str(tmp_path)).write("sub/x", b"second")
+    assert [path.name for path in (tmp_path / "sub").iterdir()] == ["x"]
+    assert (tmp_path / "sub" / "x").read_bytes() == b"first"

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from pyarrow import fs as pafs
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,6 +31,7 @@ from mgie.evaluation.parity import _Comparison
 from mgie.model.batch import TrainingBatch
 from mgie.model.mgie import LatentDiffusion
 from mgie.model.mllm import MLLM
+from mgie.storage.folder import open_folder
 from mgie.training.checkpoint import write_snapshot
 from mgie.training.distributed import Alone
 from mgie.training.export import export_bundle, read_trained
@@ -404,9 +404,8 @@ def test_the_recorded_losses_and_gradients(
                 source = mgie.vae.condition_latents(images.source)
             arrays = {"source_mean": source, "goal_mean": mean, "goal_logvar": logvar}
             ids = np.arange(start, start + len(words.input_ids))
-            store = pafs.LocalFileSystem()
-            write_shard(store, str(tmp_path), spec, ids, {name: value.numpy() for name, value in arrays.items()})
-            finish_cache(store, str(tmp_path), spec, list_shards(store, str(tmp_path), spec))
+            write_shard(open_folder(tmp_path), spec, ids, {name: value.numpy() for name, value in arrays.items()})
+            finish_cache(open_folder(tmp_path), spec, list_shards(open_folder(tmp_path), spec))
             cache = LatentCache.open(
                 tmp_path, kind="vae_moments", encoder=spec.encoder, image_side_px=spec.image_side_px, ids=ids
             )

@@ -59,7 +59,7 @@ def write_ledger(folder: Folder, num_rows: int, *, seed: int = 0, side_px: int =
         rows.append(row | changed)
     with folder.publish("part-0.parquet") as path:
         pq.write_table(to_table(rows, LEDGER_SCHEMA), path)
-    write_images_root(folder.filesystem, folder.path, ".")
+    write_images_root(folder, ".")
 
 
 # ---- the job
