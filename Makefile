@@ -52,7 +52,7 @@ serve: $(STAMP) ## start the service, print its address and leave it running
 test: $(STAMP) ## everything but long proofs and what needs a GPU or published weights
 	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not weights and not endure" $(PYTEST_ARGS)
 
-test-fast: $(STAMP) ## the unmarked tests: no Ray, GPU, network or browser; about a minute
+test-fast: $(STAMP) ## the tests without a mark: no Ray, browser, training or store; about a minute
 	$(BIN)/python -m pytest $(PARALLEL) \
 	  -m "not ray and not gpu and not weights and not browser and not slow and not endure" $(PYTEST_ARGS)
 

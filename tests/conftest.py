@@ -3,6 +3,7 @@ the folders that may be absent."""
 
 import functools
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -137,6 +138,20 @@ def service(service_host: "ServiceHost") -> str:
 def asleep(service_host: "ServiceHost") -> str:
     """Address of the usual service before its first edit."""
     return service_host.serve_asleep()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Files all of whose tests are deselected are not even imported: some need seconds for that alone."""
+    if not collection_path.name.startswith("test_"):
+        return None
+    left_out = set(re.findall(r"not (\w+)", config.getoption("markexpr")))
+    return bool(left_out & _marks(collection_path)) or None
+
+
+def _marks(file: Path) -> set[str]:
+    """The marks of a whole file."""
+    marks = re.search(r"^pytestmark = (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    return set(re.findall(r"pytest\.mark\.(\w+)", marks[1])) if marks else set()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,6 +16,8 @@ import torch
 
 from mgie.config import TrainingConfig
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NETWORKS = ("look", "prompt", "token", "unet", "encode", "decode")
 FIGURES = {

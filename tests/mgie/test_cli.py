@@ -19,6 +19,8 @@ from mgie.editor import Editor
 from mgie.images.files import read_metadata
 from mgie.training.checkpoint import write_snapshot
 
+pytestmark = pytest.mark.slow
+
 FAST = ("--bundle", "random", "--steps", "1", "--device", "cpu")
 
 

@@ -21,6 +21,8 @@ from mgie.tiny.pretraining.loop import LoopConfig, fit
 from mgie.tiny.pretraining.tokenizers import clip_tokenizer, llama_tokenizer, t5_tokenizer
 from mgie.tiny.world import make_sample
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["make it night", "the red house would be blue", "a tree, a lamp and a green house on a meadow", "night!"] * 9
 
 

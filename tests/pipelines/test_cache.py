@@ -30,6 +30,8 @@ from pipelines.stages.squares import CACHED_SCHEMA, FetchSquares, cache_spec
 from tests.pipelines.chaos import ROOT, Cluster
 from tests.pipelines.jobs import cut_after, kill_when, leave_ray_out, run_here, stuck
 
+pytestmark = pytest.mark.slow
+
 KINDS: tuple[CacheKind, ...] = ("vae_moments", "clip_features")
 NUM_IMAGES = 6
 

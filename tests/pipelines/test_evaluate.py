@@ -19,6 +19,8 @@ from tests.pipelines.chaos import ROOT, Cluster
 from tests.pipelines.evaluation_data import drawn_rows, session_rows, write_manifest
 from tests.pipelines.jobs import cut_after, kill_when, leave_ray_out, run_here, stuck
 
+pytestmark = pytest.mark.slow
+
 REPORTS = (REPORT_JSON, REPORT_MD, REPORT_HTML)
 
 

@@ -19,6 +19,8 @@ from serving.stages.diffusion import DiffusionStage
 from serving.stages.mllm import MLLMStage
 from tests.live import keeping_api, listening
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_landscape_is_an_image_of_many_colours_and_always_the_same() -> None:
     image = read_image(draw_landscape())

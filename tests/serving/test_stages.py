@@ -34,6 +34,8 @@ from serving.stages.mllm import MLLMStage
 from serving.stages.packing import unpack
 from tests.waiting import pass_time, until, until_async
 
+pytestmark = pytest.mark.slow
+
 Photo = Callable[..., bytes]
 # Three shapes of photo that the diffusion model works at in three sizes.
 SHAPES = ((96, 64), (64, 96), (80, 80))

@@ -25,6 +25,8 @@ from serving.stages.mllm import MLLMStage
 from tests.serving.jobs.conftest import ASYNC, Replicas
 from tests.v0_1 import DATA, assert_same_picture, pixels_of
 
+pytestmark = pytest.mark.slow
+
 WRITTEN_S = 1_800_000_000.0
 DONE, INTERRUPTED, QUEUED = (
     "6b49e1a05dfcc2bfef24cf421706fb0cca71c93c",

@@ -22,6 +22,8 @@ from serving.stages.mllm import MLLMStage
 from serving.telemetry.tracing import NO_SPANS, Spans, open_spans
 from tests.serving.figures import Figures
 
+pytestmark = pytest.mark.slow
+
 Photo = Callable[..., bytes]
 
 

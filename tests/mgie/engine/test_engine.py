@@ -27,6 +27,8 @@ from mgie.inference.renderer import Renderer, RenderRequest
 from mgie.model.guidance import Denoiser
 from mgie.model.sampler import SampleState
 
+pytestmark = pytest.mark.slow
+
 WAIT_S = 300  # until a test gives up; nothing takes that long
 POISON = 1e4  # a condition with this value makes the denoiser below raise
 

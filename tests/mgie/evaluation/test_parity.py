@@ -16,6 +16,8 @@ from mgie.config import Sources
 from mgie.errors import ParityError
 from mgie.evaluation.parity import Group, Report, _cleaning_fault, _Comparison, _is_mended, compare
 
+pytestmark = pytest.mark.slow
+
 # Recorded draws and weights: what the others are computed from, not compared themselves.
 INPUTS = {
     "train.noise", "train.posterior_noise", "train.timesteps", "train.prob_nodrop", "drop.prob",

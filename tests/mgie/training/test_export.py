@@ -30,6 +30,8 @@ from mgie.inference.conditioner import EditRequest
 from mgie.training.checkpoint import Snapshot, snapshot_name, write_snapshot
 from mgie.training.export import Trained, export_bundle, export_published, open_base, read_trained
 
+pytestmark = pytest.mark.slow
+
 PICTURE = Image.linear_gradient("L").resize((64, 48)).convert("RGB")
 REQUEST = EditRequest(image=PICTURE, instruction="make it night")
 NUM_VISUAL = 8

@@ -39,6 +39,8 @@ from mgie.training.trainer import StepRecord, Trainer, TrainerState, accumulate_
 from mgie.training.variants import load_training_model
 from tests.mgie.training_rows import draw_rows, make_trainer, open_rows
 
+pytestmark = pytest.mark.slow
+
 CONFIG = TrainingConfig(
     steps=6,
     global_batch=6,

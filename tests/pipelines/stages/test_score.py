@@ -40,6 +40,8 @@ from tests.pipelines.evaluation_data import (
     write_png,
 )
 
+pytestmark = pytest.mark.slow
+
 Scored = dict[tuple[int, str], tuple[dict[str, Any], bytes | None]]
 
 

@@ -29,6 +29,8 @@ from serving.stages.mllm import MLLMStage
 from serving.storage.artifacts import ArtifactStore
 from tests.waiting import until
 
+pytestmark = pytest.mark.slow
+
 Photo = Callable[..., bytes]
 URL = "/v1/images/edits"
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")

@@ -40,6 +40,8 @@ from serving.stages.diffusion import DiffusionStage
 from serving.stages.mllm import MLLMStage
 from tests.waiting import until, until_async
 
+pytestmark = pytest.mark.slow
+
 Photo = Callable[..., bytes]
 URL = "/v1/images/edits"
 

@@ -25,6 +25,8 @@ from serving.storage.artifacts import ArtifactStore
 from tests.serving.s3_store import S3Store
 from tests.waiting import until
 
+pytestmark = pytest.mark.slow
+
 Photo = Callable[..., bytes]
 URL = "/v1/images/edits"
 FILES = "/v1/images/files/"

@@ -18,6 +18,8 @@ from serving.edits.safety import CheckedBackend, SafetyCheck, load_check
 from serving.stages.diffusion import DiffusionStage
 from serving.stages.mllm import MLLMStage
 
+pytestmark = pytest.mark.slow
+
 Photo = Callable[..., bytes]
 Asked = tuple[tuple[int, int], str, str]
 

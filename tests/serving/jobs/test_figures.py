@@ -1,11 +1,14 @@
 """What is told of jobs: figures, and spans in the trace of the request that ordered them."""
 
+import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from serving.jobs.record import CLOCK_SKEW_S
 from serving.telemetry.tracing import Spans
 from tests.serving.figures import Figures
 from tests.serving.jobs.conftest import Failing, Replicas
+
+pytestmark = pytest.mark.slow
 
 LEASE_S = 1.0
 

@@ -13,6 +13,8 @@ from serving.stages.diffusion import DiffusionStage
 from serving.stages.mllm import MLLMStage
 from tests.serving.jobs.conftest import ASYNC, LONG, TTL_S, Replica, Replicas
 
+pytestmark = pytest.mark.slow
+
 Photo = Callable[..., bytes]
 URL = "/v1/images/edits"
 KEYS = {

@@ -22,6 +22,8 @@ from serving.storage.blobs import LocalBlobs
 from tests.serving.jobs.conftest import ENDED, LONG, Failing, Held, Replica, Replicas, looked_at_the_line
 from tests.waiting import until
 
+pytestmark = pytest.mark.slow
+
 LEASE_S = 1.0
 
 

@@ -21,6 +21,8 @@ from serving.storage.blobs import LocalBlobs
 from serving.storage.stores import open_blobs
 from tests.serving.s3_store import S3Store
 
+pytestmark = pytest.mark.slow
+
 Photo = Callable[..., bytes]
 TTL_S = 1000.0
 

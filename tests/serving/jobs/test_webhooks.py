@@ -22,6 +22,8 @@ from tests.serving.figures import Figures
 from tests.serving.jobs.conftest import Replica, Replicas, looked_at_the_line
 from tests.waiting import POLL_S, until
 
+pytestmark = pytest.mark.slow
+
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 GIVE_UP_S = 3000.0
 

@@ -23,6 +23,8 @@ from serving.storage.blobs import Blob, LocalBlobs
 from tests.pipelines.fault_proxy import FaultProxy
 from tests.serving.s3_store import S3Store
 
+pytestmark = pytest.mark.slow
+
 TTL_S = 3600.0
 FACTS = EditFacts(seed=7, settings={"steps": 20, "guidance_scale": 7.5}, expressive="A dark sky. ü", bundle="tiny@1")
 

@@ -10,6 +10,8 @@ from serving.storage.blobs import Blobs
 from serving.storage.stores import open_blobs
 from tests.serving.s3_store import Fault, S3Store
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Store]:
