@@ -1,4 +1,4 @@
-"""Makes the pictures of the README with the shipped bundle: `python docs/pictures.py`."""
+"""Makes the pictures of the README, and the photos that its commands edit: `python docs/pictures.py`."""
 
 from pathlib import Path
 
@@ -18,9 +18,16 @@ EDITS = (
     (22, "make it autumn"),
 )
 
+PHOTOS = {"lake": 4, "harbour": 11, "meadow": 16, "beach": 26}  # scenes of the held-out split of another seed
+PHOTO_SIDE_PX = 512
+
 
 def main() -> None:
-    """Writes `examples.jpg` beside this file."""
+    """Writes `examples.jpg` beside this file, and `examples/photos/`."""
+    photos = Path(__file__).resolve().parents[1] / "examples" / "photos"
+    photos.mkdir(exist_ok=True)
+    for name, number in PHOTOS.items():
+        make_sample(12, "test", number, side_px=PHOTO_SIDE_PX).source.save(photos / f"{name}.jpg", quality=88)
     editor = Editor.load("tiny")
     font = ImageFont.load_default(TEXT_PX)
     column, height = SIDE_PX + MARGIN_PX, 2 * (SIDE_PX + MARGIN_PX) + MARGIN_PX + 2 * TEXT_PX

@@ -1,6 +1,7 @@
-"""The README's way from raw data to an edit by one's own model, run as it is written."""
+"""The README: what it names, and its way from raw data to an edit by one's own model, run as it is written."""
 
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -25,7 +26,14 @@ def _commands() -> list[str]:
     """The block that begins with preparing data, with fewer steps of training."""
     blocks = (ROOT / "README.md").read_text(encoding="utf-8").split("```")[1::2]
     [block] = [block for block in blocks if block.startswith("\npython pipelines/prepare.py")]
-    return [line.replace("--training.steps 200", "--training.steps 6") for line in block.strip().splitlines()]
+    return [line.replace("--training.steps 20", "--training.steps 6") for line in block.strip().splitlines()]
+
+
+def test_what_the_readme_names_is_there() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\b(?:benchmarks|docs|examples|pipelines)/[\w./-]*\w", text))
+    assert len(named) > 20
+    assert not [name for name in named if not (ROOT / name).exists()]
 
 
 @pytest.mark.ray
