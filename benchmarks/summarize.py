@@ -27,7 +27,7 @@ from ray.data import DataContext
 from mgie.data.ledger import read_ledger, read_manifest
 from mgie.images.files import read_image
 from mgie.storage.folder import Folder, open_folder
-from mgie.tiny.sample import write_sample
+from mgie.tiny.world import write_layout
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.runs.cluster import StageSize, start_ray
 from pipelines.stages.local_describers import BundleDescriber
@@ -105,7 +105,7 @@ def main() -> None:
     device = "cuda" if args.num_gpus else "cpu"
     size = StageSize(num_cpus=0.5, num_gpus=args.num_gpus, batch_size=args.batch_size)
     with tempfile.TemporaryDirectory(prefix="mgie-bench-") as folder:
-        write_sample(Path(folder) / "raw", args.rows)
+        write_layout("ipr2pr", Path(folder) / "raw", args.rows)
         start_ray()
         DataContext.get_current().wait_for_min_actors_s = 600
         prepared = prepare(PrepareConfig(input=f"{folder}/raw", out=f"{folder}/prepared"))

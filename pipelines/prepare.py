@@ -208,10 +208,10 @@ def _folders(config: PrepareConfig) -> tuple[Folder, Folder]:
             raise ConfigError(f"input is {config.input!r}; there is no such folder", param="input")
         return source, open_folder(config.out, endpoint=config.endpoint)
     from mgie.bundle.embedded import cache_folder
-    from mgie.tiny.sample import write_sample
+    from mgie.tiny.world import write_layout
 
     raw = cache_folder() / "sample" / "ipr2pr"
-    write_sample(raw)
+    write_layout("ipr2pr", raw, 24)
     return open_folder(raw), open_folder(config.out or cache_folder() / "sample" / "prepared")
 
 

@@ -142,7 +142,7 @@ def test_the_wheel_holds_the_packages_and_their_data(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         entry_points = archive.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
-    data = [path for pattern in ("*/py.typed", "serving/page/*", "mgie/bundle/*.txt") for path in ROOT.glob(pattern)]
+    data = [path for pattern in ("*/py.typed", "serving/page/*", "mgie/**/*.txt") for path in ROOT.glob(pattern)]
     code = [path for package in ("mgie", "pipelines", "serving") for path in (ROOT / package).rglob("*.py")]
     assert {str(path.relative_to(ROOT)) for path in [*data, *code]} <= names
     assert "mgie = mgie.cli:main" in entry_points

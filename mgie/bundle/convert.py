@@ -43,7 +43,9 @@ from transformers import (
 )
 
 from mgie.bundle.bundle import Bundle
-from mgie.bundle.weights import Report, TensorPlan, Weights, read_json, read_weights, write_sharded
+from mgie.bundle.devices import DTYPES
+from mgie.bundle.record import PART_CONFIG_FILE, PREPROCESSOR_FILE, SCHEDULER_FILE, read_json
+from mgie.bundle.weights import Report, TensorPlan, Weights, list_misfits, read_weights, write_sharded
 from mgie.bundle.writer import BundleWriter
 from mgie.config import BundleConfig, KeptDtype, Part, Provenance, Sources
 from mgie.errors import BundleError, ConfigError, ConversionError
@@ -61,7 +63,7 @@ DEFAULT_SHARD_BYTES = 2 * 10**9
 _EMBEDDINGS, _LM_HEAD, _CONV_IN = "model.embed_tokens.weight", "lm_head.weight", "conv_in.weight"
 _PROJECTOR, _EDIT_HEAD = "model.mm_projector.", "edit_head."
 _MLLM_FILE, _UNET_FILE = "mllm.pt", "unet.pt"
-_CONFIG, _SCHEDULER, _PREPROCESSOR = "config.json", "scheduler_config.json", "preprocessor_config.json"
+_read_json = functools.partial(read_json, failure=ConversionError)
 
 # The only keys that a source may have beside those that its model needs.
 _TOLERATED: dict[Part, tuple[str, ...]] = {
@@ -86,7 +88,6 @@ _LICENCES = {
     "mgie": "MGIE: CC BY-NC for the weight differences, non-commercial",
     "summarizer": "summarizer: see its model card (Flan-T5: Apache-2.0)",
 }
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _MAX_LISTED = 20  # problems named in one message
 
 
@@ -128,11 +129,11 @@ def convert(
         raise ConfigError("num_visual_tokens can be chosen for a fresh MGIE only", param="num_visual_tokens")
     if num_visual_tokens is not None and num_visual_tokens < 1:
         raise ConfigError(f"num_visual_tokens is {num_visual_tokens}; it must be 1 or more", param="num_visual_tokens")
-    if dtype not in ("keep", *_DTYPES):
-        raise ConfigError(f"dtype is {dtype!r}; it must be one of keep, {', '.join(_DTYPES)}", param="dtype")
+    if dtype not in ("keep", *DTYPES):
+        raise ConfigError(f"dtype is {dtype!r}; it must be one of keep, {', '.join(DTYPES)}", param="dtype")
     if dtype == "float16" and sources.summarizer is not None:
         raise ConfigError("dtype is float16; T5 overflows in it: use keep, bfloat16 or float32", param="dtype")
-    conversion = _Conversion(dtype=_DTYPES.get(dtype), max_shard_bytes=max_shard_bytes, seed=seed)
+    conversion = _Conversion(dtype=DTYPES.get(dtype), max_shard_bytes=max_shard_bytes, seed=seed)
     try:
         conversion.plan(sources, num_visual_tokens or DEFAULT_NUM_VISUAL_TOKENS)
         _check_space(out, conversion.num_bytes)
@@ -191,7 +192,10 @@ class _Conversion:
 
     def _diffusion(self, folder: Path, sources: Sources) -> int:
         """Plans `unet`, `vae` and `scheduler`; returns the width C of the condition."""
-        vae_config, scheduler = read_json(folder / "vae" / _CONFIG), read_json(folder / "scheduler" / _SCHEDULER)
+        vae_config, scheduler = (
+            _read_json(folder / "vae" / PART_CONFIG_FILE),
+            _read_json(folder / "scheduler" / SCHEDULER_FILE),
+        )
         try:
             NoiseSchedule(scheduler)
         except (BundleError, TypeError, ValueError, NotImplementedError) as error:
@@ -215,7 +219,7 @@ class _Conversion:
                 f"it must take {' or '.join(map(str, allowed))}"
                 + ("" if sources.llava is not None else ": give the folder of InstructPix2Pix, not of Stable Diffusion")
             )
-        unet_config = read_json(folder / "unet" / _CONFIG) | {"in_channels": channels[0]}
+        unet_config = _read_json(folder / "unet" / PART_CONFIG_FILE) | {"in_channels": channels[0]}
         unet = _on_meta(UNet2DConditionModel.from_config, unet_config, "unet")
         if unet.config.out_channels != latents:
             raise ConversionError(f"the UNet gives {unet.config.out_channels} channels; the VAE has {latents}")
@@ -229,7 +233,7 @@ class _Conversion:
         side = unet.config.sample_size
         if side is None:
             raise ConversionError(
-                f"{folder.name}/unet/{_CONFIG} has no sample_size, which says at what size the model works"
+                f"{folder.name}/unet/{PART_CONFIG_FILE} has no sample_size, which says at what size the model works"
             )
         height, width = (side, side) if isinstance(side, int) else side
         vae_factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -242,7 +246,7 @@ class _Conversion:
     def _text_encoder(self, folder: Path, condition_dim: int) -> None:
         """Plans `text_encoder`: InstructPix2Pix's own conditioner."""
         encoder, words = folder / "text_encoder", folder / "tokenizer"
-        config = _model_config(CLIPTextConfig, read_json(encoder / _CONFIG), "text_encoder")
+        config = _model_config(CLIPTextConfig, _read_json(encoder / PART_CONFIG_FILE), "text_encoder")
         if config.hidden_size != condition_dim:
             raise ConversionError(f"the text encoder is {config.hidden_size} wide; the UNet reads {condition_dim}")
         expected = _prefixed(_expected(CLIPTextModel, config, "text_encoder"), "text_model.")
@@ -255,7 +259,7 @@ class _Conversion:
 
     def _summarizer(self, folder: Path) -> None:
         """Plans `summarizer`."""
-        data = read_json(folder / _CONFIG)
+        data = _read_json(folder / PART_CONFIG_FILE)
         config = _model_config(T5Config, data, "summarizer")
         expected = _expected(T5ForConditionalGeneration, config, "summarizer")
         # Both stacks read shared.weight. The output layer is a matrix of its own in Flan-T5, in the first T5 it is
@@ -272,7 +276,7 @@ class _Conversion:
 
     def _llava(self, llava: Path, clip: Path, mgie: Path | None, condition_dim: int | None, num_new: int) -> None:
         """Plans `tokenizer`, `vision`, `projector`, `llm`, and `edit_head` where there is a UNet to condition."""
-        data = read_json(llava / _CONFIG)
+        data = _read_json(llava / PART_CONFIG_FILE)
         config = _llama_config(data, llava.name)
         try:
             tokenizer = Tokenizer.load(llava)
@@ -280,7 +284,7 @@ class _Conversion:
             raise ConversionError(f"{llava.name}: {error}") from error
         if tokenizer.vocab_size != config.vocab_size:
             raise ConversionError(
-                f"the tokenizer in {llava.name} has {tokenizer.vocab_size} tokens; its {_CONFIG} says {config.vocab_size}"
+                f"the tokenizer in {llava.name} has {tokenizer.vocab_size} tokens; its {PART_CONFIG_FILE} says {config.vocab_size}"
             )
         vision_width = self._vision(clip, select_layer=data.get("mm_vision_select_layer", -2))
         expected = _expected(LlamaForCausalLM, config, "llm")
@@ -328,7 +332,7 @@ class _Conversion:
 
     def _vision(self, clip: Path, *, select_layer: Any) -> int:
         """Plans `vision`; returns its width."""
-        data, pixels = read_json(clip / _CONFIG), read_json(clip / _PREPROCESSOR)
+        data, pixels = _read_json(clip / PART_CONFIG_FILE), _read_json(clip / PREPROCESSOR_FILE)
         if data.get("model_type") == "clip":
             config = _model_config(CLIPConfig, data, clip.name).vision_config
         elif data.get("model_type") == "clip_vision_model":
@@ -340,10 +344,10 @@ class _Conversion:
         try:
             side_px = ClipPixels(pixels).side_px
         except (ConfigError, TypeError, KeyError, ValueError) as error:
-            raise ConversionError(f"{clip.name}/{_PREPROCESSOR} cannot be used: {error}") from error
+            raise ConversionError(f"{clip.name}/{PREPROCESSOR_FILE} cannot be used: {error}") from error
         if side_px != config.image_size:
             raise ConversionError(
-                f"{clip.name}/{_PREPROCESSOR} crops to {side_px} px; the model takes {config.image_size} px"
+                f"{clip.name}/{PREPROCESSOR_FILE} crops to {side_px} px; the model takes {config.image_size} px"
             )
         num_states = config.num_hidden_layers + 1
         if not isinstance(select_layer, int) or not -num_states <= select_layer < num_states:
@@ -438,13 +442,7 @@ class _Conversion:
             for key, spec in weights.specs.items()
             if key in expected or not (key in also or any(re.search(p, key) for p in _TOLERATED.get(part, ())))
         }
-        problems = [f"{key} is missing" for key in expected if key not in given]
-        problems += [f"{key} is unexpected" for key in given if key not in expected]
-        problems += [
-            f"{key} has shape {given[key].shape}, not {shape}"
-            for key, shape in expected.items()
-            if key in given and given[key].shape != shape
-        ]
+        problems = list_misfits(expected, {key: spec.shape for key, spec in given.items()})
         if problems:
             more = f"; and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
             raise ConversionError(f"{weights.label} does not fit: {'; '.join(problems[:_MAX_LISTED])}{more}")
@@ -465,7 +463,7 @@ class _Conversion:
         def write(writer: BundleWriter, report: Report) -> None:
             folder = writer.folder(part)
             if config is not None:
-                (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+                (folder / PART_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             write_sharded(folder, tensors, max_shard_bytes, report)
@@ -532,14 +530,14 @@ def _check_combination(sources: Sources) -> None:
 def _check_files(sources: Sources) -> None:
     """Names everything that is missing at once: these folders come from several places and take hours to fetch."""
     needed: dict[str, tuple[str, ...]] = {
-        "llava": (_CONFIG, MODEL_FILE, ADDED_FILE),
-        "clip": (_CONFIG, _PREPROCESSOR),
-        "stable_diffusion": (f"unet/{_CONFIG}", f"vae/{_CONFIG}", f"scheduler/{_SCHEDULER}"),
+        "llava": (PART_CONFIG_FILE, MODEL_FILE, ADDED_FILE),
+        "clip": (PART_CONFIG_FILE, PREPROCESSOR_FILE),
+        "stable_diffusion": (f"unet/{PART_CONFIG_FILE}", f"vae/{PART_CONFIG_FILE}", f"scheduler/{SCHEDULER_FILE}"),
         "mgie": (_MLLM_FILE, _UNET_FILE),
-        "summarizer": (_CONFIG,),
+        "summarizer": (PART_CONFIG_FILE,),
     }
     if sources.llava is None:
-        needed["stable_diffusion"] += (f"text_encoder/{_CONFIG}", "tokenizer/tokenizer_config.json")
+        needed["stable_diffusion"] += (f"text_encoder/{PART_CONFIG_FILE}", "tokenizer/tokenizer_config.json")
     problems = []
     for field, folder in sources.given().items():
         missing = [name for name in needed[field] if not (folder / name).is_file()]
@@ -562,7 +560,7 @@ def _llama_config(data: Mapping[str, Any], label: str) -> LlamaConfig:
     """LLaMA's part of LLaVA's configuration."""
     if data.get("model_type") != "llava" or "text_config" in data or "hidden_size" not in data:
         raise ConversionError(
-            f"{label}/{_CONFIG} is not of a merged LLaVA-7B-v1: model_type {data.get('model_type')!r} must be 'llava', "
+            f"{label}/{PART_CONFIG_FILE} is not of a merged LLaVA-7B-v1: model_type {data.get('model_type')!r} must be 'llava', "
             "with the sizes of the LLaMA beside it (transformers' own LLaVA layout, with text_config, is another)"
         )
     if data.get("mm_use_im_start_end") is False:
@@ -576,7 +574,7 @@ def _llama_config(data: Mapping[str, Any], label: str) -> LlamaConfig:
     # The first LLaMA conversions call it max_sequence_length.
     chosen.setdefault("max_position_embeddings", data.get("max_sequence_length") or 2048)
     if missing := [name for name in fields[:5] if name not in chosen]:
-        raise ConversionError(f"{label}/{_CONFIG} lacks {', '.join(missing)}")
+        raise ConversionError(f"{label}/{PART_CONFIG_FILE} lacks {', '.join(missing)}")
     config: LlamaConfig = _model_config(LlamaConfig, chosen | {"tie_word_embeddings": False}, label)
     return config
 

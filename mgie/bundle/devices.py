@@ -4,6 +4,8 @@ import torch
 
 from mgie.errors import ConfigError
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
 
 def resolve_device(device: str = "auto") -> torch.device:
     """The device named, or with `auto` the first of CUDA, MPS, CPU that is there.
@@ -33,11 +35,10 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     Raises:
         ConfigError: It is not one of auto, float32, float16, bfloat16.
     """
-    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype == "auto":
         if device.type != "cuda":
             return torch.float32
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if dtype not in known:
-        raise ConfigError(f"dtype is {dtype!r}; it must be one of auto, {', '.join(known)}", param="dtype")
-    return known[dtype]
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; it must be one of auto, {', '.join(DTYPES)}", param="dtype")
+    return DTYPES[dtype]

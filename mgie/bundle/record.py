@@ -95,17 +95,22 @@ class BundleRecord:
             BundleError: The part is missing or damaged, or the file is no JSON object.
         """
         self.verify((part,), hashes=False)
-        try:
-            data = json.loads((self.root / part / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise BundleError(f"{part}/{name} cannot be read: {error}") from error
-        if not isinstance(data, dict):
-            raise BundleError(f"{part}/{name} holds a {type(data).__name__}; it must be an object")
-        return data
+        return read_json(self.root / part / name)
 
     def scheduler_config(self) -> dict[str, Any]:
         """diffusers' configuration of the noise schedule."""
         return self.read_json("scheduler", SCHEDULER_FILE)
+
+
+def read_json(path: Path, failure: type[BundleError] = BundleError) -> dict[str, Any]:
+    """The JSON object in a file; raises `failure` where there is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise failure(f"{path} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise failure(f"{path} holds a {type(data).__name__}; it must be an object")
+    return data
 
 
 def required_parts(config: BundleConfig) -> tuple[Part, ...]:

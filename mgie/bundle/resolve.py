@@ -4,7 +4,6 @@ Remote bundles are fetched part by part into a local cache: `bundle.json` at onc
 loaded. Knows nothing of what the parts mean.
 """
 
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,8 @@ from mgie.bundle.embedded import EMBEDDED, cache_folder, ensure_bundle
 from mgie.bundle.record import CONFIG_FILE, BundleRecord, hash_file
 from mgie.config import FileEntry
 from mgie.errors import BundleError
+from mgie.storage.atomic import atomic_file
+from mgie.storage.hub import fetch_snapshot, is_hub_id
 
 
 def locate_bundle(where: str | Path) -> BundleRecord:
@@ -32,12 +33,14 @@ def locate_bundle(where: str | Path) -> BundleRecord:
     # Before folders: what works in one working directory works in all. `./tiny` and Path("tiny") are folders.
     if isinstance(where, str) and name in EMBEDDED:
         return BundleRecord(ensure_bundle(name))
-    if Path(name).is_dir():
-        return BundleRecord(Path(name))
-    if isinstance(where, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return BundleRecord(folder)
+    if isinstance(where, str) and is_hub_id(name):
         return _open_hub(name)
     raise BundleError(
-        f"bundle {name!r} is not a folder; give a folder, {' or '.join(EMBEDDED)}, a hub id (org/name) or s3://bucket/prefix"
+        f"bundle {name!r} {'is a file' if folder.exists() else 'does not exist'}; "
+        f"give a folder, {' or '.join(EMBEDDED)}, a hub id (org/name) or s3://bucket/prefix"
     )
 
 
@@ -56,28 +59,14 @@ def locate_bundles(*wheres: str | Path) -> dict[str, BundleRecord]:
 
 
 def _open_hub(name: str) -> BundleRecord:
-    from huggingface_hub import errors as hub_errors  # here, as below, because most bundles are folders
-    from huggingface_hub import snapshot_download
+    root = fetch_snapshot(name, [CONFIG_FILE], what="bundle")
 
-    repo, _, given = name.partition("@")
+    def fetch(parts: Sequence[str]) -> None:
+        # The folder is named by its commit: parts come from the same one, whatever a branch moves to in the
+        # meantime. And only what the bundle lists is fetched.
+        fetch_snapshot(name, [CONFIG_FILE, *bundle.files(parts)], revision=root.name, what="bundle")
 
-    def download(patterns: Sequence[str], revision: str | None) -> Path:
-        try:
-            return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
-        except (
-            hub_errors.HfHubHTTPError,
-            hub_errors.LocalEntryNotFoundError,
-            hub_errors.HFValidationError,
-            OSError,
-        ) as error:
-            raise BundleError(
-                f"bundle {name!r} is neither a local folder nor to be had from the hub: {error}"
-            ) from error
-
-    root = download([CONFIG_FILE], given or None)
-    # The hub names a snapshot's folder by its commit: parts come from the same one, whatever a branch moves to
-    # in the meantime. And only what the bundle lists is fetched.
-    bundle = BundleRecord(root, fetch=lambda parts: download([CONFIG_FILE, *bundle.files(parts)], root.name))
+    bundle = BundleRecord(root, fetch=fetch)
     return bundle
 
 
@@ -88,23 +77,14 @@ def _open_s3(url: str) -> BundleRecord:
     cache = cache_folder() / "s3" / bucket / prefix
 
     def download(relative: str, target: Path, sha256: str | None = None) -> None:
-        partial: Path | None = None
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            # Beside its place, then moved: another process may be fetching the same file, and one that is
-            # cut off or corrupted never takes its place.
-            handle, name = tempfile.mkstemp(dir=target.parent, prefix=".partial-")
-            os.close(handle)
-            partial = Path(name)
-            open_s3().download_file(bucket, f"{prefix}/{relative}" if prefix else relative, name)
-            if sha256 is not None and hash_file(partial) != sha256:
-                raise BundleError(f"{url}/{relative} does not have the sha256 that {CONFIG_FILE} says")
-            partial.replace(target)
+            # Another process may be fetching the same file, and one that is corrupted never takes its place.
+            with atomic_file(target) as partial:
+                open_s3().download_file(bucket, f"{prefix}/{relative}" if prefix else relative, str(partial))
+                if sha256 is not None and hash_file(partial) != sha256:
+                    raise BundleError(f"{url}/{relative} does not have the sha256 that {CONFIG_FILE} says")
         except S3_ERRORS as error:
             raise BundleError(f"{url}/{relative} cannot be fetched: {error}") from error
-        finally:
-            if partial is not None:
-                partial.unlink(missing_ok=True)
 
     try:
         cache.mkdir(parents=True, exist_ok=True)

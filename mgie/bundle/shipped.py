@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import shutil
-import tempfile
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -25,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 
 from mgie.bundle.record import CONFIG_FILE, BundleRecord
 from mgie.errors import BundleError
+from mgie.storage.atomic import atomic_folder
 
 ShippedName = Literal["tiny", "tiny-llava", "tiny-summarizer"]
 SHIPPED: tuple[ShippedName, ...] = get_args(ShippedName)
@@ -100,9 +100,7 @@ def unpack(packed: Path, name: str, out: Path) -> None:
             numbers = np.stack([planes["low"], planes["high"]], axis=1).reshape(-1).view(np.float16)
     except (OSError, ValueError, KeyError) as error:
         raise BundleError(f"the package's own bundle {name!r} cannot be read: {error!r}") from error
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with atomic_folder(out) as staging:
         shutil.copytree(packed / name, staging, dirs_exist_ok=True)
         for file, tensors in files.items():
             (staging / file).parent.mkdir(parents=True, exist_ok=True)
@@ -111,10 +109,6 @@ def unpack(packed: Path, name: str, out: Path) -> None:
             }
             save_file(found, staging / file, metadata=_METADATA)
         BundleRecord(staging).verify()
-        staging.chmod(0o755)  # mkdtemp makes it private
-        staging.replace(out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _write_half(bundle: BundleRecord, out: Path, name: str) -> BundleRecord:

@@ -15,16 +15,13 @@ from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
-    CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
-    T5Tokenizer,
 )
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mgie.bundle.writer import BundleWriter
 from mgie.config import (
@@ -37,8 +34,8 @@ from mgie.config import (
     Provenance,
 )
 from mgie.model.edit_head import EditHead
-from mgie.model.tokenizer_training import WORD_END, train_merges, train_pieces
-from mgie.model.tokens import IMAGE_TOKENS, Tokenizer
+from mgie.model.tokenizer_training import clip_tokenizer, llama_tokenizer, t5_tokenizer
+from mgie.model.tokens import Tokenizer
 
 _SEED = 20240507
 _NUM_PIECES, _NUM_MERGES = 700, 512
@@ -46,33 +43,37 @@ _CONDITION_DIM = 64
 _NUM_VISUAL_TOKENS = 8
 _IMAGE_SIDE, _PATCH_SIDE = 112, 14
 _TEXT_LENGTH = 77  # positions of CLIP's text encoder
+BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+"Stable Diffusion's noise schedule"
 _SCHEDULER = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
+    "_class_name": EulerAncestralDiscreteScheduler.__name__,
+    **BETAS,
     "clip_sample": False,
     "prediction_type": "epsilon",
     "timestep_spacing": "linspace",
     "steps_offset": 1,
 }
 _WORK: dict[str, Any] = {"work_area_px": 128 * 128, "multiple_px": 16, "defaults": EditSettings(steps=20)}
-_CLIP_PIXELS = {
-    "do_resize": True,
-    "size": {"shortest_edge": _IMAGE_SIDE},
-    "resample": 3,
-    "do_center_crop": True,
-    "crop_size": {"height": _IMAGE_SIDE, "width": _IMAGE_SIDE},
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "do_convert_rgb": True,
-}
 _PROVENANCE = Provenance(
     made_by="mgie.tiny", sources=("random weights",), data="none: not trained", licences=("Apache-2.0",)
 )
+
+
+def clip_pixels(side_px: int) -> dict[str, Any]:
+    """CLIP's preprocessing of images, as its `preprocessor_config.json` says it, at this side."""
+    return {
+        "do_resize": True,
+        "size": {"shortest_edge": side_px},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": side_px, "width": side_px},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "do_convert_rgb": True,
+    }
 
 
 def build(name: str, out: Path) -> None:
@@ -95,19 +96,7 @@ def _build_mgie(out: Path) -> None:
             patch_size=_PATCH_SIDE,
         )
     )
-    llm = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=tokenizer.vocab_size,
-            hidden_size=192,
-            intermediate_size=512,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            max_position_embeddings=2048,
-            bos_token_id=tokenizer.bos_id,
-            eos_token_id=tokenizer.eos_id,
-            pad_token_id=tokenizer.pad_id,
-        )
-    )
+    llm = new_llm(tokenizer, num_layers=4, num_heads=4)
     projector = nn.Linear(96, 192)
     head = EditHead(
         llm_dim=192, condition_dim=_CONDITION_DIM, width=128, num_queries=32, num_layers=2, feedforward_dim=256
@@ -133,22 +122,18 @@ def _build_mgie(out: Path) -> None:
     with BundleWriter(out, config) as writer:
         writer.add_tokenizer(tokenizer)
         writer.add_pretrained("vision", clip)
-        writer.add_clip_pixels(_CLIP_PIXELS)
+        writer.add_clip_pixels(clip_pixels(_IMAGE_SIDE))
         writer.add_projector(projector.state_dict())
         writer.add_pretrained("llm", llm)
         writer.add_edit_head(head.config, head.state_dict())
-        _add_diffusion(writer, unet, vae)
+        add_diffusion(writer, unet, vae, _SCHEDULER)
 
 
 def _build_ip2p(out: Path) -> None:
-    merges, alphabet = train_merges(_lines(), _NUM_MERGES), sorted(bytes_to_unicode().values())
-    # CLIP's own arrangement: every byte, every byte at the end of a word, merges, special tokens.
-    tokens = [*alphabet, *(byte + WORD_END for byte in alphabet), *map("".join, merges)]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
+    tokenizer = clip_tokenizer(corpus_lines(), _NUM_MERGES)
     encoder = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(tokens),
+            vocab_size=len(tokenizer),
             hidden_size=_CONDITION_DIM,
             intermediate_size=128,
             num_hidden_layers=4,
@@ -167,12 +152,29 @@ def _build_ip2p(out: Path) -> None:
         provenance=_PROVENANCE,
         conditioner="text",
         num_visual_tokens=0,
-        dimensions={"vocabulary": len(tokens), "condition_tokens": _TEXT_LENGTH, "condition_dim": _CONDITION_DIM},
+        dimensions={"vocabulary": len(tokenizer), "condition_tokens": _TEXT_LENGTH, "condition_dim": _CONDITION_DIM},
         **_WORK,
     )
     with BundleWriter(out, config) as writer:
         writer.add_pretrained("text_encoder", encoder, tokenizer=tokenizer)
-        _add_diffusion(writer, unet, vae)
+        add_diffusion(writer, unet, vae, _SCHEDULER)
+
+
+def new_llm(tokenizer: Tokenizer, *, num_layers: int, num_heads: int) -> LlamaForCausalLM:
+    """A small LLaMA with random weights."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=tokenizer.vocab_size,
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=num_layers,
+            num_attention_heads=num_heads,
+            max_position_embeddings=2048,
+            bos_token_id=tokenizer.bos_id,
+            eos_token_id=tokenizer.eos_id,
+            pad_token_id=tokenizer.pad_id,
+        )
+    )
 
 
 def _new_unet() -> UNet2DConditionModel:
@@ -204,10 +206,13 @@ def _new_vae() -> AutoencoderKL:
     )
 
 
-def _add_diffusion(writer: BundleWriter, unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
+def add_diffusion(
+    writer: BundleWriter, unet: UNet2DConditionModel, vae: AutoencoderKL, scheduler: dict[str, Any]
+) -> None:
+    """Writes the parts of an editor's second half."""
     writer.add_pretrained("unet", unet)
     writer.add_pretrained("vae", vae)
-    writer.add_scheduler({"_class_name": EulerAncestralDiscreteScheduler.__name__, **_SCHEDULER})
+    writer.add_scheduler(scheduler)
 
 
 def _build_summarizer(out: Path) -> None:
@@ -216,11 +221,7 @@ def _build_summarizer(out: Path) -> None:
     )
     with BundleWriter(out, folder_config) as writer:
         folder = writer.folder("summarizer")
-        # T5's own arrangement of ids: <pad> 0, </s> 1, <unk> 2.
-        (folder / "spiece.model").write_bytes(
-            train_pieces(_lines(), "unigram", _NUM_PIECES, pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
-        )
-        tokenizer = T5Tokenizer.from_pretrained(folder, local_files_only=True, extra_ids=0)
+        tokenizer = t5_tokenizer(corpus_lines(), _NUM_PIECES, folder)
         model = T5ForConditionalGeneration(
             T5Config(
                 vocab_size=len(tokenizer),
@@ -238,10 +239,10 @@ def _build_summarizer(out: Path) -> None:
 
 
 def build_tokenizer() -> Tokenizer:
-    """A LLaMA-like tokenizer (BPE with byte fallback) over the corpus, with LLaVA's image tokens."""
-    model = train_pieces(_lines(), "bpe", _NUM_PIECES, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, byte_fallback=True)
-    return Tokenizer(model, {token: _NUM_PIECES + i for i, token in enumerate(IMAGE_TOKENS)})
+    """A LLaMA-like tokenizer over the corpus."""
+    return llama_tokenizer(corpus_lines(), _NUM_PIECES)
 
 
-def _lines() -> list[str]:
+def corpus_lines() -> list[str]:
+    """A little English, in sentences, that the embedded models' tokenizers are made from."""
     return resources.files("mgie.bundle").joinpath("corpus.txt").read_text(encoding="utf-8").splitlines()

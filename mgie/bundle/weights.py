@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mgie.bundle.record import read_json
 from mgie.errors import BundleError, ConversionError
 
 Report = Callable[[int], None]
@@ -96,7 +97,7 @@ class Weights:
 
 def _shard_files(index: Path) -> list[Path]:
     try:
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        names = sorted(set(read_json(index, ConversionError)["weight_map"].values()))
     except (KeyError, TypeError, AttributeError) as error:
         raise ConversionError(f"{index} has no weight_map") from error
     if bad := [name for name in names if Path(name).name != name]:
@@ -134,17 +135,6 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 def first_line(error: Exception) -> str:
     """What libraries say, without the stack trace or advice that some add; the class if they say nothing."""
     return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises ConversionError where there is none."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{path} cannot be read: {error}") from error
-    if not isinstance(data, dict):
-        raise ConversionError(f"{path} holds a {type(data).__name__}; it must be an object")
-    return data
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +24,7 @@ from mgie.bundle.record import (
 from mgie.config import BundleConfig, FileEntry, Part
 from mgie.errors import BundleError
 from mgie.model.tokens import Tokenizer
+from mgie.storage.atomic import atomic_folder
 
 
 class BundleWriter:
@@ -48,18 +47,18 @@ class BundleWriter:
             raise BundleError(f"{out} exists{' and is not a bundle' if replace else ''}; choose another output folder")
 
     def __enter__(self) -> "BundleWriter":  # noqa: PYI034  # the tests' type checker sees functions without their class
-        self._out.parent.mkdir(parents=True, exist_ok=True)
-        self._staging = Path(tempfile.mkdtemp(prefix=f".{self._out.name}-", dir=self._out.parent))
+        self._stack = contextlib.ExitStack()
+        self._staging = self._stack.enter_context(atomic_folder(self._out, replace=self._replace))
+        self._stack.push(lambda kind, *_: self._finish() if kind is None else None)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None:
-                self._finish()
-        finally:
-            shutil.rmtree(self._staging, ignore_errors=True)
+            self._stack.__exit__(kind, error, trace)
+        except OSError as failure:  # another process wrote it in the meantime: what it finished is not taken away
+            raise BundleError(f"{self._out} cannot be put in place: {failure.strerror}") from failure
 
     def folder(self, part: Part) -> Path:
         """The part's folder, for callers that write its files themselves."""
@@ -111,13 +110,6 @@ class BundleWriter:
             raise BundleError(f"{bad[0]} cannot be part of a bundle; only {', '.join(ALLOWED_SUFFIXES)} files are read")
         config = dataclasses.replace(self._config, files=files)
         _write_json(self._staging / CONFIG_FILE, dataclasses.asdict(config))
-        self._staging.chmod(0o755)  # mkdtemp makes it private
-        if self._replace and self._out.exists():
-            shutil.rmtree(self._out)
-        try:
-            self._staging.replace(self._out)
-        except OSError as error:  # another process wrote it in the meantime: what it finished is not taken away
-            raise BundleError(f"{self._out} cannot be put in place: {error.strerror}") from error
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

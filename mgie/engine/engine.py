@@ -29,17 +29,7 @@ from torch import Tensor
 from mgie.config import MAX_PREVIEWS, MAX_RESULTS, MAX_SEED, check_range
 from mgie.engine.admission import Admission
 from mgie.engine.fair_scheduler import FairScheduler
-from mgie.engine.handle import (
-    EditHandle,
-    EditProgress,
-    EditRun,
-    EngineStats,
-    Phase,
-    Previewed,
-    Started,
-    StepDone,
-    Stepped,
-)
+from mgie.engine.handle import EditHandle, EditProgress, EngineStats, Phase, Previewed, Started, StepDone, Stepped
 from mgie.engine.in_flight import EditInFlight, SampleInFlight
 from mgie.engine.priority_threads import PriorityThreads
 from mgie.errors import ConfigError, DeadlineError, EngineClosedError, EngineFullError
@@ -48,7 +38,7 @@ from mgie.inference.renderer import Renderer, RenderRequest
 from mgie.model.guidance import needed_branches
 from mgie.model.sampler import denoise_step
 
-_NUM_RECORDED = 1000  # batches and runs kept for whoever draws figures
+_NUM_RECORDED = 1000  # batches kept for whoever draws figures
 _RATE_WEIGHT = 0.1  # of the newest step in the moving average of speed
 # Order of the VAE's work: what lets a step be larger, what lets a caller go, what is only nice to have.
 _ENCODE, _DECODE, _PREVIEW = range(3)
@@ -111,7 +101,6 @@ class Engine:
         self._num_begun = self._num_steps = self._num_stepped = self._max_steps_after_end = self._work_done = 0
         self._seconds_per_pixel: float | None = None  # of one row and step
         self._batches: deque[tuple[Hashable, ...]] = deque(maxlen=_NUM_RECORDED)
-        self._runs: deque[EditRun] = deque(maxlen=_NUM_RECORDED)
         self._codec = PriorityThreads(num_codec_threads, name="codec", inside=lambda: self._as_worker(has_stream=True))
         self._stepper = threading.Thread(target=self._step_for_ever, name="engine", daemon=True)
         self._stepper.start()
@@ -214,11 +203,6 @@ class Engine:
         with self._changed:
             return list(self._batches)
 
-    def recent_runs(self) -> list[EditRun]:
-        """How the last 1000 edits that are done were run, oldest first."""
-        with self._changed:
-            return list(self._runs)
-
     def is_alive(self) -> bool:
         """Whether edits submitted now will be worked on."""
         return not self._is_closed and self._stepper.is_alive() and self._codec.is_alive()
@@ -278,8 +262,6 @@ class Engine:
             edit.prepared, edit.samples, edit.images = None, [], {}
             if not edit.is_probe:
                 self._ended["overdue" if isinstance(error, DeadlineError) else phase] += 1
-            if phase == "done" and not edit.is_probe:
-                self._runs.append(edit.run)
             if not self._is_closed:
                 self._admit()
             self._changed.notify_all()

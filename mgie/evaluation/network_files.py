@@ -4,11 +4,9 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import errors as hub_errors
-from huggingface_hub import snapshot_download
-
 from mgie.bundle.record import hash_file
 from mgie.errors import BundleError
+from mgie.storage.hub import fetch_snapshot, is_hub_id
 
 _CONTENT = ("*.json", "*.txt", "*.safetensors")
 
@@ -37,14 +35,12 @@ def find_network(where: str) -> Network:
             digest.update(f"{path.name} {hash_file(path)}\n".encode())
         folder = folder.absolute()
         return Network(where=str(folder), folder=folder, identity=f"{folder.name} {digest.hexdigest()[:16]}")
-    if where.count("/") != 1 or where.startswith((".", "/", "~")):
-        raise BundleError(f"network {where!r} is not a folder; give a folder or a hub id (org/name)")
-    repo, _, revision = where.partition("@")
-    try:
-        root = Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(_CONTENT)))
-        if not list(root.glob("*.safetensors")):  # as with some older repositories; of the same commit
-            snapshot_download(repo, revision=root.name, allow_patterns=["pytorch_model.bin"])
-    except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, hub_errors.HFValidationError, OSError) as e:
-        raise BundleError(f"network {where!r} is neither a local folder nor to be had from the hub: {e}") from e
-    identity = f"{repo}@{root.name}"
+    if not is_hub_id(where):
+        raise BundleError(
+            f"network {where!r} {'is a file' if folder.exists() else 'does not exist'}; give a folder or a hub id (org/name)"
+        )
+    root = fetch_snapshot(where, _CONTENT, what="network")
+    if not list(root.glob("*.safetensors")):  # as with some older repositories; of the same commit
+        fetch_snapshot(where, ["pytorch_model.bin"], revision=root.name, what="network")
+    identity = f"{where.partition('@')[0]}@{root.name}"
     return Network(where=identity, folder=root, identity=identity)

@@ -8,7 +8,6 @@ Axes: B batch, S side of CLIP pixels, H W image sides, D features.
 """
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer, ViTModel
 
+from mgie.bundle.record import PREPROCESSOR_FILE, read_json
 from mgie.bundle.weights import list_misfits, read_weights
 from mgie.errors import BundleError
 from mgie.evaluation.metrics import NetworkName
@@ -46,9 +46,9 @@ class ClipFeatures:
         self._model = _load(CLIPModel, folder).to(device)
         self._device = device
         try:
-            self._pixels = ClipPixels(json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8")))
+            self._pixels = ClipPixels(read_json(folder / PREPROCESSOR_FILE))
             self._tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError) as error:
+        except (BundleError, OSError, ValueError) as error:
             raise BundleError(f"{folder} lacks what CLIP needs besides its weights: {error}") from error
 
     @torch.inference_mode()

@@ -12,5 +12,5 @@ sampler.py             one denoising step over many samples
 loss.py                language and diffusion loss, condition dropout
 batch.py               typed records of a training batch
 mgie.py                MGIE and InstructPix2Pix whole, for training
-tokenizer_training.py  sentencepiece and BPE tokenizers from texts
+tokenizer_training.py  LLaMA's, T5's and CLIP's tokenizers from texts
 """

@@ -8,11 +8,11 @@ other processes: the address travels with it, credentials do not.
 Files appear complete or not at all. Knows nothing of rows.
 """
 
+import io
 import os
 import posixpath
 import shutil
 import tempfile
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from urllib.parse import unquote, urlparse
 from pyarrow import fs as pafs
 
 from mgie.errors import ConfigError, DataError
+from mgie.storage.atomic import atomic_file
 from mgie.storage.retry import with_retries
 
 S3_ATTEMPTS = 10  # with 5 % of requests failing, one read in 10^13 fails for good
@@ -83,22 +84,11 @@ class Folder:
     def write(self, name: str, data: bytes) -> None:
         """Writes a small file at once; others see all of it or nothing. Raises OSError."""
         path = self.at(name)
-        with_retries(lambda: self._write(path, data))
-
-    def _write(self, path: str, data: bytes) -> None:
-        """On a local disk the file is moved into place; an object store shows an object when its upload is complete."""
-        parent, base = posixpath.split(path)
         if self.is_local:
-            self.filesystem.create_dir(parent, recursive=True)
-        partial = f"{parent}/.{base}.{uuid.uuid4().hex}.tmp" if self.is_local else path
-        try:
-            with self.filesystem.open_output_stream(partial) as stream:
-                stream.write(data)
-            if self.is_local:
-                self.filesystem.move(partial, path)
-        except OSError:
-            self._delete_partial(partial)
-            raise
+            with atomic_file(Path(path)) as partial:
+                partial.write_bytes(data)
+        else:
+            with_retries(lambda: self._upload(io.BytesIO(data), path))
 
     @contextmanager
     def publish(self, name: str) -> Iterator[Path]:
@@ -108,32 +98,24 @@ class Folder:
         """
         target = self.at(name)
         if self.is_local:
-            Path(target).parent.mkdir(parents=True, exist_ok=True)
-            # Beside its place, so that moving is one step; the dot hides it from readers after a kill.
-            partial = Path(target).with_name(f".{Path(target).name}.{uuid.uuid4().hex}.tmp")
-            try:
+            with atomic_file(Path(target)) as partial:
                 yield partial
-                partial.replace(target)
-            finally:
-                partial.unlink(missing_ok=True)
-        else:
-            with tempfile.TemporaryDirectory(prefix="mgie-") as local:
-                partial = Path(local) / "file"
-                yield partial
-                self._upload(partial, target)
+            return
+        with tempfile.TemporaryDirectory(prefix="mgie-") as local:
+            partial = Path(local) / "file"
+            yield partial
+            with partial.open("rb") as source:
+                self._upload(source, target)
 
-    def _upload(self, local: Path, target: str) -> None:
+    def _upload(self, source: io.BufferedIOBase, target: str) -> None:
+        """Copies to an object store, which shows an object when its upload is complete."""
         try:
-            with local.open("rb") as source, self.filesystem.open_output_stream(target) as stream:
+            with self.filesystem.open_output_stream(target) as stream:
                 shutil.copyfileobj(source, stream, _COPY_BYTES)
-        except OSError:
-            self._delete_partial(target)
+        except OSError:  # closing the stream published what had arrived
+            if self.filesystem.get_file_info(target).type == pafs.FileType.File:
+                self.filesystem.delete_file(target)
             raise
-
-    def _delete_partial(self, path: str) -> None:
-        """Removes what arrived before a fault: closing the stream published it."""
-        if self.filesystem.get_file_info(path).type == pafs.FileType.File:
-            self.filesystem.delete_file(path)
 
     def list(self, name: str = ".", *, is_recursive: bool = False) -> list[Entry]:
         """What the folder `name` in this one holds, sorted; nothing if there is none. Hidden names (`.x`) are left out."""

@@ -25,6 +25,7 @@ from torch import Tensor
 from mgie.bundle.record import hash_file
 from mgie.config import FileEntry
 from mgie.errors import DataError
+from mgie.storage.atomic import atomic_file
 
 TensorSet = Literal["trainable", "ema", "optimizer"]
 
@@ -139,9 +140,8 @@ def write_snapshot(
         )
         record = {"format": _FORMAT, **dataclasses.asdict(snapshot)}
         del record["folder"]
-        partial = folder / f".{SNAPSHOT_FILE}"
-        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        partial.replace(folder / SNAPSHOT_FILE)
+        with atomic_file(folder / SNAPSHOT_FILE) as partial:
+            partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
             _remove(folder)  # half a checkpoint would only keep a full disk full
@@ -209,5 +209,5 @@ def _check_size(path: Path, entry: FileEntry) -> None:
 
 def _remove(folder: Path) -> None:
     """Removes a snapshot's files, its record first."""
-    for name in (SNAPSHOT_FILE, f".{SNAPSHOT_FILE}", *map(tensor_file, get_args(TensorSet))):
+    for name in (SNAPSHOT_FILE, *map(tensor_file, get_args(TensorSet))):
         (folder / name).unlink(missing_ok=True)

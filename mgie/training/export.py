@@ -23,6 +23,7 @@ from mgie.bundle.weights import TensorPlan, Weights, cast_in_range, list_misfits
 from mgie.bundle.writer import BundleWriter
 from mgie.config import Part, Provenance, WeightKind
 from mgie.errors import BundleError, ConfigError, DataError
+from mgie.storage.atomic import atomic_folder
 from mgie.storage.s3 import S3_ERRORS, open_s3, split_s3_url
 from mgie.training.checkpoint import (
     SNAPSHOT_FILE,
@@ -172,15 +173,9 @@ def export_published(trained: Trained, base: Bundle, out: Path, *, replace: bool
     }
     unet = {name.removeprefix("unet."): half.pop(name) for name in list(half) if name.startswith("unet.")}
     half["emb"] = half[_EMBEDDINGS][-base.config.num_visual_tokens :].clone()  # a view would bring all rows along
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
-        staging = Path(scratch) / "weights"
-        staging.mkdir()
+    with atomic_folder(out, replace=replace) as staging:
         for file, tensors in zip(PUBLISHED_FILES, (half, unet), strict=True):
             torch.save(tensors, staging / file)
-        if out.exists():
-            shutil.rmtree(out)
-        staging.replace(out)
 
 
 # ---- checkpoints

@@ -124,5 +124,6 @@ def _command(stage: Stage, places: Mapping[str, Path], share: float) -> list[str
 
 def _content(path: str) -> str:
     """Hash of a file, or of all files of a folder."""
-    files = sorted((ROOT / path).rglob("*.py")) if (ROOT / path).is_dir() else [ROOT / path]
+    found = sorted((ROOT / path).rglob("*")) if (ROOT / path).is_dir() else [ROOT / path]
+    files = [file for file in found if file.suffix in (".py", ".txt")]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -1,4 +1,4 @@
-"""The recipe's own parts: exact resuming, corpora that grow, tokenizers without chance, latents of one size."""
+"""The recipe's own parts: exact resuming, corpora that grow, latents of one size."""
 
 import dataclasses
 import json
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from mgie.model.diffusion import LatentVAE
+from mgie.model.tokenizer_training import clip_tokenizer, llama_tokenizer
 from mgie.tiny.pretraining import clip, corpus, vae
 from mgie.tiny.pretraining.bundles import add_visual_tokens
 from mgie.tiny.pretraining.corpus import Corpus
 from mgie.tiny.pretraining.edit_head import learn_head
 from mgie.tiny.pretraining.llava import new_llava
 from mgie.tiny.pretraining.loop import LoopConfig, fit
-from mgie.tiny.pretraining.tokenizers import clip_tokenizer, llama_tokenizer, t5_tokenizer
 from mgie.tiny.world import make_sample
 
 pytestmark = pytest.mark.slow
@@ -141,19 +141,3 @@ def test_the_edit_head_learns_what_the_text_encoder_says(samples: Corpus, tmp_pa
     assert last < 0.8 * first
     changed = {name for name, value in llava.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"llm.model.embed_tokens.weight", "llm.lm_head.weight"}
-
-
-def test_tokenizers_are_functions_of_the_texts() -> None:
-    assert clip_tokenizer(TEXTS, 60).get_vocab() == clip_tokenizer(list(TEXTS), 60).get_vocab()
-    first, second = llama_tokenizer(TEXTS, 300), llama_tokenizer(TEXTS, 300)
-    ids = first.encode_plain("the red house, and something new: \u00e4")
-    assert ids == second.encode_plain("the red house, and something new: \u00e4")
-    assert first.decode(ids).strip() == "the red house, and something new: \u00e4"
-
-
-def test_the_summarizer_knows_the_rarest_letter_that_it_has_read(tmp_path: Path) -> None:
-    texts = ["the corners of the picture are dark"] * 3000 + ["Darken the corners."]
-    tokenizer = t5_tokenizer(texts, 40, tmp_path)
-    assert (
-        tokenizer.decode(tokenizer("Darken the corners")["input_ids"], skip_special_tokens=True) == "Darken the corners"
-    )

@@ -19,7 +19,7 @@ from mgie.data.ledger import images_root, read_manifest, rejection_code, row_id
 from mgie.errors import ConfigError, DataError
 from mgie.images.files import read_image
 from mgie.storage.folder import open_folder, resolve_uri
-from mgie.tiny.sample import write_sample
+from mgie.tiny.world import write_layout
 from pipelines.runs import lease
 from pipelines.runs.lease import hold_lease
 from tests.pipelines import raw_data
@@ -38,8 +38,8 @@ LOCAL = pafs.LocalFileSystem()
 
 @pytest.fixture
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shards are made by the driver: two folders each."""
-    monkeypatch.setattr("pipelines.readers.ipr2pr.FOLDERS_PER_SHARD", 2)
+    """Shards are made by the driver: four folders each."""
+    monkeypatch.setattr("pipelines.readers.ipr2pr.FOLDERS_PER_SHARD", 4)
 
 
 def _rows(folder: Path, name: str = "manifest") -> list[dict[str, Any]]:
@@ -74,7 +74,7 @@ def _saved_again(data: bytes | None) -> bytes:
 
 @pytest.mark.usefixtures("cluster", "_small_shards")
 def test_the_result_does_not_depend_on_what_runs_in_parallel(tmp_path: Path) -> None:
-    write_sample(tmp_path / "raw", 32)
+    write_layout("ipr2pr", tmp_path / "raw", 32)
     common = {"input": str(tmp_path / "raw"), "rows_per_file": 10}
     one = prepare(PrepareConfig(**common, out=str(tmp_path / "one"), max_tasks=1, threads_per_task=1))
     four = prepare(
@@ -156,7 +156,7 @@ def test_a_folder_that_brings_its_images_can_be_moved(tmp_path: Path) -> None:
 def test_a_finished_run_is_not_run_again_and_another_one_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_sample(tmp_path / "raw", 6)
+    write_layout("ipr2pr", tmp_path / "raw", 6)
     config = PrepareConfig(input=str(tmp_path / "raw"), out=str(tmp_path / "out"))
     assert job.main(config) == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
@@ -167,7 +167,7 @@ def test_a_finished_run_is_not_run_again_and_another_one_is_refused(
 
     assert job.main(dataclasses.replace(config, licence="other")) == 1
     assert "licence differ" in " ".join(capsys.readouterr().err.split())
-    write_sample(tmp_path / "raw", 8)
+    write_layout("ipr2pr", tmp_path / "raw", 8)
     with pytest.raises(ConfigError, match="the input's files differ"):
         prepare(config)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
@@ -175,7 +175,7 @@ def test_a_finished_run_is_not_run_again_and_another_one_is_refused(
 
 @pytest.mark.usefixtures("cluster")
 def test_a_second_writer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_sample(tmp_path / "raw", 4)
+    write_layout("ipr2pr", tmp_path / "raw", 4)
     config = PrepareConfig(input=str(tmp_path / "raw"), out=str(tmp_path / "out"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job, "_stage", lambda *_: 1 / 0)
@@ -204,7 +204,7 @@ def test_no_good_rows_is_an_error_that_says_why(tmp_path: Path, capsys: pytest.C
 @pytest.mark.usefixtures("cluster", "_small_shards")
 def test_a_store_in_trouble_stops_the_job_and_the_next_run_goes_on(tmp_path: Path) -> None:
     """A file that may not be read is no bad row: nobody knows what is in it."""
-    write_sample(tmp_path / "raw", 12)
+    write_layout("ipr2pr", tmp_path / "raw", 12)
     name, seeds = json.loads((tmp_path / "raw" / "seeds.json").read_text())[-1]
     locked = tmp_path / "raw" / name / f"{seeds[0]}_0.jpg"
     locked.rename(tmp_path / "aside")
@@ -299,14 +299,14 @@ def test_without_arguments_the_script_prepares_the_sample(tmp_path: Path) -> Non
 def test_a_killed_run_goes_on_and_gives_what_an_undisturbed_one_gives(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_rows: int
 ) -> None:
-    write_sample(tmp_path / "raw", num_rows)
+    write_layout("ipr2pr", tmp_path / "raw", num_rows)
     num_shards = num_rows // 4
     config = PrepareConfig(
         input=str(tmp_path / "raw"), out=str(tmp_path / "killed"), max_tasks=1, keeps_near_duplicates=True
     )
     program = tmp_path / "program.py"
     program.write_text(
-        "import sys, pipelines.readers.ipr2pr as layout; layout.FOLDERS_PER_SHARD = 2\n"
+        "import sys, pipelines.readers.ipr2pr as layout; layout.FOLDERS_PER_SHARD = 4\n"
         "from pipelines.prepare import PrepareConfig, main\n"
         f"sys.exit(main(PrepareConfig(input={config.input!r}, out={config.out!r}, max_tasks=1,"
         " keeps_near_duplicates=True)))"

@@ -6,22 +6,22 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import torch
 import tyro
 from diffusers import AutoencoderKL
-from transformers import CLIPModel, CLIPTokenizer, T5Tokenizer
+from transformers import CLIPModel, CLIPTokenizer
 
 from mgie.bundle.bundle import Bundle
 from mgie.bundle.shipped import ShippedName, pack, shipped_folder, unpack
+from mgie.bundle.untrained import corpus_lines
+from mgie.model.tokenizer_training import clip_tokenizer, llama_tokenizer, t5_tokenizer
 from mgie.tiny.pretraining import bundles as editor
 from mgie.tiny.pretraining import clip, llava, summarizer, vae
 from mgie.tiny.pretraining import edit_head as head
 from mgie.tiny.pretraining.corpus import SHARD_SAMPLES, Corpus
 from mgie.tiny.pretraining.loop import LoopConfig
-from mgie.tiny.pretraining.tokenizers import clip_tokenizer, llama_tokenizer, t5_tokenizer
 from mgie.tiny.world import write_layout
 
 _SEED = 5  # of the world
@@ -87,7 +87,7 @@ def _loop(config: StageConfig, loop: LoopConfig) -> LoopConfig:
 
 
 def _texts(corpus: Corpus) -> Iterator[str]:
-    yield from resources.files("mgie.bundle").joinpath("corpus.txt").read_text(encoding="utf-8").splitlines()
+    yield from corpus_lines()
     for words in corpus.words[:20_000]:
         yield from dataclasses.astuple(words)
 
@@ -133,7 +133,7 @@ def _learn_llava(config: StageConfig) -> None:
 
 def _learn_summarizer(config: StageConfig) -> None:
     corpus = _corpus(config, config.corpus)
-    tokenizer: T5Tokenizer = t5_tokenizer(_texts(corpus), _NUM_PIECES, config.out)
+    tokenizer = t5_tokenizer(_texts(corpus), _NUM_PIECES, config.out, character_coverage=1.0)
     model = summarizer.learn_summarizer(
         corpus, tokenizer, config.out / _STATE, loop=_loop(config, summarizer.LOOP), log=config.out / _LOG
     )

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, T5ForConditionalGeneration, T5Tokenizer
 
+from mgie.bundle.untrained import BETAS, add_diffusion, clip_pixels
 from mgie.bundle.writer import BundleWriter
 from mgie.config import (
     DIFFUSION_PARTS,
@@ -24,7 +25,7 @@ from mgie.config import (
 from mgie.model.edit_head import EditHead
 from mgie.model.mllm import MLLM
 from mgie.model.tokens import Tokenizer
-from mgie.tiny.pretraining.clip import CLIP_PIXELS, CONDITION_DIM, IMAGE_SIDE_PX, TEXT_LENGTH
+from mgie.tiny.pretraining.clip import CONDITION_DIM, IMAGE_SIDE_PX, TEXT_LENGTH
 
 NUM_VISUAL_TOKENS = 8
 _SEED = 15
@@ -33,10 +34,7 @@ _DATA = "the tiny world of mgie.tiny (procedural pictures)"
 # which takes a small one thousands of steps, and where nothing is to change it answers 0 whatever the noise.
 SCHEDULER: dict[str, Any] = {
     "_class_name": DDIMScheduler.__name__,
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
+    **BETAS,
     "clip_sample": False,
     "prediction_type": "sample",
     "rescale_betas_zero_snr": True,
@@ -111,7 +109,7 @@ def write_text_editor(
     )
     with BundleWriter(out, config) as writer:
         writer.add_pretrained("text_encoder", encoder, tokenizer=tokenizer)
-        _add_diffusion(writer, unet or new_unet(), vae)
+        add_diffusion(writer, unet or new_unet(), vae, SCHEDULER)
 
 
 def add_visual_tokens(llava: MLLM, tokenizer: Tokenizer) -> tuple[Tokenizer, EditHead]:
@@ -149,7 +147,7 @@ def write_mgie(
     with BundleWriter(out, config) as writer:
         _add_language(writer, llava, tokenizer)
         writer.add_edit_head(head.config, head.state_dict())
-        _add_diffusion(writer, unet, vae)
+        add_diffusion(writer, unet, vae, SCHEDULER)
 
 
 def write_llava(out: Path, *, llava: MLLM, tokenizer: Tokenizer) -> None:
@@ -195,12 +193,6 @@ def _add_language(writer: BundleWriter, llava: MLLM, tokenizer: Tokenizer) -> No
     assert llava.projector is not None
     writer.add_tokenizer(tokenizer)
     writer.add_pretrained("vision", llava.vision.clip)
-    writer.add_clip_pixels(CLIP_PIXELS)
+    writer.add_clip_pixels(clip_pixels(IMAGE_SIDE_PX))
     writer.add_projector(llava.projector.state_dict())
     writer.add_pretrained("llm", llava.llm)
-
-
-def _add_diffusion(writer: BundleWriter, unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
-    writer.add_pretrained("unet", unet)
-    writer.add_pretrained("vae", vae)
-    writer.add_scheduler(SCHEDULER)

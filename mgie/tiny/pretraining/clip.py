@@ -18,24 +18,12 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 from transformers.models.clip import CLIPConfig
 
+from mgie.bundle.untrained import clip_pixels
 from mgie.tiny.pretraining.corpus import Corpus
 from mgie.tiny.pretraining.loop import LoopConfig, fit
 
 IMAGE_SIDE_PX, PATCH_SIDE_PX = 128, 16
 TEXT_LENGTH, CONDITION_DIM = 48, 128
-CLIP_PIXELS = {
-    "do_resize": True,
-    "size": {"shortest_edge": IMAGE_SIDE_PX},
-    "resample": 3,
-    "do_center_crop": True,
-    "crop_size": {"height": IMAGE_SIDE_PX, "width": IMAGE_SIDE_PX},
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "do_convert_rgb": True,
-}
 LOOP = LoopConfig(steps=500, batch=64, lr=1e-3, seed=12)
 
 
@@ -101,5 +89,5 @@ def encode(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
 
 def clip_batch(pictures: npt.NDArray[np.uint8]) -> Float[Tensor, "B 3 S S"]:
     """CLIP-normalised pixels of [B, S, S, 3], S = `IMAGE_SIDE_PX`: as `images.ClipPixels` makes them of such pictures."""
-    mean, std = (torch.tensor(CLIP_PIXELS[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))
+    mean, std = (torch.tensor(clip_pixels(IMAGE_SIDE_PX)[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))
     return (torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255 - mean) / std

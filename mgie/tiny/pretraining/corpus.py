@@ -6,7 +6,6 @@ and several processes can make it together.
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from mgie.storage.atomic import atomic_folder
 from mgie.tiny.pretraining.patches import patch_labels
 from mgie.tiny.world import make_sample
 from mgie.tiny.world.samples import SIDE_PX, Split
@@ -99,12 +99,10 @@ class Corpus:
 def _make_shard(shard: Path, seed: int, split: Split, start: int) -> None:
     """One shard, whole or not at all."""
     samples = [make_sample(seed, split, start + i) for i in range(SHARD_SAMPLES)]
-    draft = shard.with_name(f".{shard.name}.{os.getpid()}")
-    draft.mkdir(parents=True, exist_ok=True)
-    np.save(draft / "sources.npy", np.stack([sample.source_pixels for sample in samples]))
-    np.save(draft / "goals.npy", np.stack([sample.goal_pixels for sample in samples]))
-    np.save(draft / "patches.npy", np.stack([patch_labels(sample) for sample in samples]))
     names = [field.name for field in dataclasses.fields(Words)]
     lines = [json.dumps({name: getattr(sample, name) for name in names}) for sample in samples]
-    (draft / "words.jsonl").write_text("\n".join(lines))
-    draft.rename(shard)
+    with atomic_folder(shard) as draft:
+        np.save(draft / "sources.npy", np.stack([sample.source_pixels for sample in samples]))
+        np.save(draft / "goals.npy", np.stack([sample.goal_pixels for sample in samples]))
+        np.save(draft / "patches.npy", np.stack([patch_labels(sample) for sample in samples]))
+        (draft / "words.jsonl").write_text("\n".join(lines))

@@ -13,8 +13,9 @@ import torch
 from numpy.random import Generator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import CLIPModel, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import CLIPModel, CLIPVisionModel
 
+from mgie.bundle.untrained import new_llm
 from mgie.data.collate import ConversationCollator
 from mgie.model.loss import language_loss
 from mgie.model.mllm import MLLM, VisionTower
@@ -37,19 +38,7 @@ def new_llava(tokenizer: Tokenizer, clip: CLIPModel) -> MLLM:
     """The model: CLIP's vision tower as it is, projector and LLM with random weights."""
     vision = CLIPVisionModel(clip.config.vision_config)
     vision.load_state_dict(clip.vision_model.state_dict())
-    llm = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=tokenizer.vocab_size,
-            hidden_size=192,
-            intermediate_size=512,
-            num_hidden_layers=6,
-            num_attention_heads=6,
-            max_position_embeddings=2048,
-            bos_token_id=tokenizer.bos_id,
-            eos_token_id=tokenizer.eos_id,
-            pad_token_id=tokenizer.pad_id,
-        )
-    )
+    llm = new_llm(tokenizer, num_layers=6, num_heads=6)
     projector = nn.Linear(vision.config.hidden_size, llm.config.hidden_size)
     return MLLM(VisionTower(vision, -2), projector, llm, im_patch_id=tokenizer.im_patch_id)
 

@@ -16,6 +16,7 @@ from numpy.random import Generator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mgie.storage.atomic import atomic_file
 from mgie.training.optimizer import learning_rate_factor
 
 _SECONDS_BETWEEN_SAVES = 120
@@ -113,6 +114,5 @@ def fit(
 
 
 def _save(state: Mapping[str, Tensor], path: Path) -> None:
-    draft = path.with_name(f".{path.name}")
-    save_file({name: value.contiguous() for name, value in state.items()}, draft)
-    draft.replace(path)
+    with atomic_file(path) as draft:
+        save_file({name: value.contiguous() for name, value in state.items()}, draft)

@@ -5,7 +5,7 @@
     photos.py        photo-like pictures                              filters.py  optimisations, as functions of pixels
     edits.py         what each change makes of a scene                operations.py   how each is sampled
     ambiguities.py   edits that words leave open
-    nouns.py         what things are called; captions                 wordings.py how people ask (a table)
+    nouns.py         what things are called; captions                 wordings.py how people ask (+ wordings.txt)
     instructions.py  the user's words                                 answers.py  verbose and expressive texts
     samples.py       one sample by seed, split and number             checker.py  the object check
     layouts.py       raw data sets in every layout that is read

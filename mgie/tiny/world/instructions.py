@@ -1,17 +1,13 @@
 """The user's words for an edit: one of the wordings, its slots filled, said politely or plainly."""
 
-import functools
-import itertools
 import re
 
 from numpy.random import Generator
 
 from mgie.tiny.world.edits import Edit
 from mgie.tiny.world.scene import pick
-from mgie.tiny.world.wordings import AMBIGUOUS_WORDINGS, WORDINGS
+from mgie.tiny.world.wordings import Kind, templates
 
-_HELD_OUT = "~"
-_CHOICE = re.compile(r"\[([^\]]*)\]")
 _IT = ("it", "it", "the picture", "the photo", "the image", "this")
 _PIC = ("picture", "photo", "image")
 _DEGREES = {
@@ -28,22 +24,8 @@ _POLITE = ("please {}", "could you {}?", "{}, please", "can you {}?", "I'd like 
 
 def wordings(edit: Edit, *, is_held_out: bool) -> tuple[str, ...]:
     """The templates for an edit, without alternatives: those that training has, or those it has not."""
-    return _expanded(edit.ambiguity or edit.operation, is_ambiguous=bool(edit.ambiguity), is_held_out=is_held_out)
-
-
-@functools.cache
-def _expanded(name: str, *, is_ambiguous: bool, is_held_out: bool) -> tuple[str, ...]:
-    """All templates of an operation or ambiguity."""
-    table = AMBIGUOUS_WORDINGS if is_ambiguous else WORDINGS
-    lines = (line.strip() for line in table[name].strip().splitlines())
-    kept = (line.lstrip(f"{_HELD_OUT} ") for line in lines if line.startswith(_HELD_OUT) == is_held_out)
-    return tuple(wording for line in kept for wording in _alternatives(line))
-
-
-def _alternatives(line: str) -> list[str]:
-    parts = _CHOICE.split(line)  # text and choices in turn
-    options = [part.split("|") if number % 2 else [part] for number, part in enumerate(parts)]
-    return ["".join(chosen) for chosen in itertools.product(*options)]
+    kind: Kind = "ambiguity" if edit.ambiguity else "operation"
+    return templates(kind, edit.ambiguity or edit.operation, is_held_out=is_held_out)
 
 
 def instruct(rng: Generator, edit: Edit, *, is_held_out: bool = False) -> str:

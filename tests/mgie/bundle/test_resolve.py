@@ -51,6 +51,16 @@ def test_nonsense_is_refused_with_what_is_allowed(where: str | Path) -> None:
         open_bundle(where)
     for allowed in ("folder", "tiny", "hub id (org/name)", "s3://bucket/prefix"):
         assert allowed in str(caught.value)
+    assert "does not exist" in str(caught.value)
+
+
+def test_a_home_folder_is_found_and_a_file_is_said_to_be_one(
+    monkeypatch: pytest.MonkeyPatch, random_folder: Path, random_bundle: Bundle
+) -> None:
+    monkeypatch.setenv("HOME", str(random_folder.parent))
+    assert open_bundle(f"~/{random_folder.name}").identity == random_bundle.identity
+    with pytest.raises(BundleError, match="is a file; give a folder"):
+        open_bundle(random_folder / CONFIG_FILE)
 
 
 # ---- Hugging Face hub
@@ -81,13 +91,20 @@ def test_parts_come_from_the_commit_of_the_configuration_when_the_branch_moves(h
     bundle = open_bundle("acme/tiny")
     (hub_cache / "refs" / "main").write_text(COMMIT[::-1])  # a commit that is not in the cache
     bundle.load_edit_head()
-    with pytest.raises(BundleError, match="nor to be had from the hub"):
+    with pytest.raises(BundleError, match="is no folder here, and as a hub id: the hub cannot be reached"):
         open_bundle("acme/tiny")
 
 
-@pytest.mark.parametrize("where", ["acme/other", "acme/tiny@gone", "acme/bad..name", "s3:/x", "acme/-"])
-def test_an_unknown_hub_id_is_a_bundle_error(hub_cache: Path, where: str) -> None:
-    with pytest.raises(BundleError, match="neither a local folder nor to be had from the hub"):
+@pytest.mark.parametrize(
+    ("where", "reason"),
+    [
+        ("acme/other", "the hub cannot be reached, and its cache holds no copy"),
+        ("acme/tiny@gone", "the hub cannot be reached, and its cache holds no copy"),
+        *[(where, "it is no hub id") for where in ("acme/bad..name", "s3:/x", "acme/-")],
+    ],
+)
+def test_an_unknown_hub_id_is_a_bundle_error(hub_cache: Path, where: str, reason: str) -> None:
+    with pytest.raises(BundleError, match=f"bundle '{where}' is no folder here, and as a hub id: {reason}"):
         open_bundle(where)
 
 

@@ -130,13 +130,15 @@ def test_a_hub_id_is_named_with_its_commit(clip_folder: Path, tmp_path: Path, mo
         found = find_network(where)
         assert found.identity == found.where == f"acme/clip@{COMMIT}"
         ClipFeatures(found.folder, CPU)
-    with pytest.raises(BundleError, match="network 'acme/other' is neither a local folder nor to be had from the hub"):
+    with pytest.raises(
+        BundleError, match="network 'acme/other' is no folder here, and as a hub id: the hub cannot be reached"
+    ):
         find_network("acme/other")
 
 
 @pytest.mark.parametrize("where", ["gone", "./gone/folder", "/gone"])
 def test_a_folder_that_is_not_there_is_told(where: str) -> None:
-    with pytest.raises(BundleError, match=f"network '{where}' is not a folder"):
+    with pytest.raises(BundleError, match=f"network '{where}' does not exist"):
         find_network(where)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mgie.config import ImageLimits
-from mgie.errors import ConfigError
+from mgie.errors import ConfigError, DataError
 from mgie.model.prompts import clean_expressive
 from mgie.tiny.world import make_sample
 from mgie.tiny.world.ambiguities import AMBIGUITIES, sample_ambiguous
@@ -19,6 +19,7 @@ from mgie.tiny.world.instructions import instruct, wordings
 from mgie.tiny.world.operations import OPERATIONS
 from mgie.tiny.world.samples import Sample, draw_picture, is_held_out
 from mgie.tiny.world.scene import Scene
+from mgie.tiny.world.wordings import parse_wordings
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +119,34 @@ def test_every_operation_has_15_wordings_of_which_some_are_held_out(name: str, i
     assert len(usual | held_out) >= 15
     assert len(held_out) >= 2
     assert not usual & held_out
+
+
+def test_wordings_are_read_by_kind_and_name_without_comments() -> None:
+    text = "# a word\n\n== operation dim\n  [dim|darken] {it}\n~ {it} is too bright\n== ambiguity dim\nless\n"
+    assert parse_wordings(text) == {
+        ("operation", "dim"): ("[dim|darken] {it}", "~ {it} is too bright"),
+        ("ambiguity", "dim"): ("less",),
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dim it", "line 1: 'dim it' stands before the first header"),
+        ("== operation", "line 1: '== operation' is no header"),
+        ("== wish dim\ndim it", "line 1: '== wish dim' is no header"),
+        ("== operation a\nx\n== operation a\ny", "line 3: '== operation a' comes twice"),
+        ("== operation a\n== operation b\nx", "a has no templates"),
+        *[
+            (f"== operation a\n{line}", "is no template")
+            for line in ("[dim|] it", "[dim it", "dim]", "{it", "{}", "a|b", "~")
+        ],
+        ("== operation a\n[[a|b]|c]", "is no template"),
+    ],
+)
+def test_malformed_wordings_are_refused(text: str, message: str) -> None:
+    with pytest.raises(DataError, match=re.escape(message)):
+        parse_wordings(text)
 
 
 @pytest.mark.parametrize(("name", "is_ambiguous"), EVERY_KIND)

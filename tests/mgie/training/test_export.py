@@ -239,7 +239,7 @@ def test_another_base_is_refused_by_both_identities(trained: Trained, tmp_path: 
     for word in (Bundle(other).identity, random_bundle.identity, str(other), str(random_bundle.root)):
         assert word in str(caught.value)
     gone: Snapshot = dataclasses.replace(trained.snapshot, base_bundle="./gone")
-    with pytest.raises(BundleError, match=r"bundle './gone' is not a folder; .* say by --base where that lies now"):
+    with pytest.raises(BundleError, match=r"bundle './gone' does not exist; .* say by --base where that lies now"):
         open_base(gone)
     moved = shutil.copytree(random_bundle.root, tmp_path / "moved")
     assert open_base(trained.snapshot, moved).root == moved
