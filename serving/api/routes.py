@@ -33,7 +33,7 @@ from serving.edits.backend import READY_TIMEOUT_S, EditBackend, ServiceStats
 from serving.edits.cancellation import Board, owned_id
 from serving.edits.results import ResultStore
 from serving.edits.service import BATCH_PATIENCE_S, EditService
-from serving.errors import ArtifactMissingError, RequestError, StageUnavailableError
+from serving.errors import NotFoundError, RequestError, StageUnavailableError
 from serving.jobs.runner import JobRunner, JobSettings
 from serving.jobs.store import JobStore
 from serving.schema import (
@@ -217,7 +217,7 @@ def build_api(
     )
     async def kept_file(name: str) -> Response:
         if kept is None:
-            raise ArtifactMissingError("this service keeps no results")
+            raise NotFoundError("this service keeps no results")
         artifact, data = await kept.read(name)
         left_s = max(0, int(artifact.expires_s - time.time()))
         headers = {"cache-control": f"private, max-age={left_s}, immutable", "x-content-type-options": "nosniff"}

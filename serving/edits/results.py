@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from serving.edits.backend import EditOutcome
 from serving.edits.call import EditCall
 from serving.edits.cancellation import owned_id
-from serving.errors import ArtifactMissingError, StoreError, UnknownPreviousError, quoted
+from serving.errors import NotFoundError, StoreError, quoted
 from serving.storage.artifacts import Artifact, ArtifactStore, EditFacts
 
 logger = logging.getLogger("serving.edits.results")
@@ -80,7 +80,7 @@ class ResultStore:
             owner: As when it was kept.
 
         Raises:
-            UnknownPreviousError: It was not kept, or is not there any more.
+            NotFoundError: It was not kept, or is not there any more.
             StoreError: The store is in trouble.
         """
         return await asyncio.to_thread(self._previous, name, owner)
@@ -89,7 +89,7 @@ class ResultStore:
         """A file and its record.
 
         Raises:
-            ArtifactMissingError: There is none (any more).
+            NotFoundError: There is none (any more).
             StoreError: The store is in trouble.
         """
         return await asyncio.to_thread(self._store.read, artifact_id)
@@ -161,11 +161,10 @@ class ResultStore:
             results = document.content["results"] if document else ()
             if number < len(results):
                 return self._store.read(results[number])[1]
-        except ArtifactMissingError:  # expired a moment before the document
+        except NotFoundError:  # expired a moment before the document
             pass
-        raise UnknownPreviousError(
-            f"previous is {quoted(name)}; no such result was kept, or it has expired", param="previous"
-        )
+        message = f"previous is {quoted(name)}; no such result was kept, or it has expired"
+        raise NotFoundError(message, param="previous", code="previous_not_found")
 
 
 def _document_name(edit_id: str, owner: str) -> str:

@@ -19,7 +19,7 @@ from serving.edits.backend import EditBackend, EditEvent, EditOutcome
 from serving.edits.call import EditCall, edit_call
 from serving.edits.cancellation import Board, RunningEdits, owned_id
 from serving.edits.results import ResultStore
-from serving.errors import RequestError, UnknownModelError, quoted
+from serving.errors import NotFoundError, RequestError, quoted
 from serving.schema import MAX_SIDE_PX, MIN_SIDE_PX, EditForm, Priority
 from serving.stages.messages import BundleInfo
 from serving.telemetry.tracing import NO_SPANS, NO_TRACE, Spans, Trace
@@ -120,7 +120,7 @@ class EditService:
             trace: To which the request belongs.
 
         Raises:
-            UnknownModelError: No bundle has that name; UnknownPreviousError: there is no such result.
+            NotFoundError: There is no such bundle or earlier result.
             RequestError: The size does not fit the photo, nothing is kept here, or it is more than may be asked for.
             LimitError: The key has not enough left.
             ImageError: The photo cannot be edited; found here only where its size matters.
@@ -227,13 +227,13 @@ def named_bundle(bundles: Sequence[BundleInfo], name: str | None) -> BundleInfo:
     """The one that an edit asks for; without a name the default, which is the first.
 
     Raises:
-        UnknownModelError: None has that name.
+        NotFoundError: None has that name.
     """
     for bundle in bundles:
         if name in {None, bundle.name}:
             return bundle
     known = ", ".join(repr(bundle.name) for bundle in bundles)
-    raise UnknownModelError(f"model is {quoted(name)}; this service has {known}", param="model")
+    raise NotFoundError(f"model is {quoted(name)}; this service has {known}", param="model", code="model_not_found")
 
 
 def check_output_size(wh: tuple[int, int], own_wh: tuple[int, int], *, max_pixels: int, has_mask: bool) -> None:

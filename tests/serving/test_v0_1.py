@@ -17,7 +17,7 @@ from mgie.config import ImageLimits
 from mgie.images.files import read_image
 from serving.edits.in_process import InProcessBackend
 from serving.edits.results import ResultStore
-from serving.errors import DamagedError, UnknownPreviousError
+from serving.errors import DamagedError, NotFoundError
 from serving.jobs.record import Lease
 from serving.jobs.store import JobStore
 from serving.stages.diffusion import DiffusionStage
@@ -156,7 +156,7 @@ def test_a_kept_result_says_how_it_came_about_until_it_expires(replicas: Replica
         "detail_transfer": False,
     }
     replicas.clock.now_s = WRITTEN_S + 4001
-    with pytest.raises(UnknownPreviousError):
+    with pytest.raises(NotFoundError):
         asyncio.run(ResultStore(replicas.artifacts()).previous("kept-of-v0-1"))
 
 
