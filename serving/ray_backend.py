@@ -18,6 +18,7 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from mgie.errors import EngineFullError, MGIEError
+from serving.deadline import within
 from serving.edits.backend import (
     READY_TIMEOUT_S,
     EditEvent,
@@ -292,9 +293,8 @@ def _is_asleep(stage: DeploymentHandle[Any], replicas: Mapping[str, Mapping[str,
 
 
 async def _stats_of(stage: DeploymentHandle[Any]) -> StageStats | None:
-    try:
-        async with asyncio.timeout(READY_TIMEOUT_S):
+    with contextlib.suppress(StageUnavailableError):
+        async with within(READY_TIMEOUT_S, StageUnavailableError("no answer")):
             stats: StageStats = (await _call(lambda _: stage.stats.remote())).result
-    except (TimeoutError, StageUnavailableError):
-        return None
-    return stats
+            return stats
+    return None

@@ -81,7 +81,7 @@ ANSWERS: tuple[tuple[type[MGIEError], Answer], ...] = (
     (EngineFullError, Answer(429, "engine_full")),
     (StageUnavailableError, Answer(503, "stage_unavailable", _SOON)),
     (MixedVersionsError, Answer(503, "stage_unavailable", _SOON)),
-    (ClosedError, Answer(503, "stage_unavailable", _SOON)),
+    (ClosedError, Answer(503, "stage_unavailable", _SOON, "a stage has been stopped; try again")),
     (ModelUnavailableError, Answer(503, "model_unavailable", _SOON)),
     (BoardError, Answer(503, "board_unavailable", _SOON)),
     (StoreError, Answer(503, "store_unavailable", _NO_RETRY, "the store of results is in trouble")),

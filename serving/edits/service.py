@@ -6,15 +6,18 @@ Knows nothing of HTTP.
 import asyncio
 import contextlib
 import sys
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 
 from mgie.config import ImageLimits
 from mgie.engine.handle import Stepped
-from mgie.errors import ImageTooLargeError
+from mgie.errors import DeadlineError, ImageTooLargeError
 from mgie.images.files import read_image
 from serving.access.keys import Caller
 from serving.access.limits import Charge, EditLimits, pixel_steps
+from serving.deadline import within
 from serving.edits.backend import EditBackend, EditEvent, EditOutcome
 from serving.edits.call import EditCall, edit_call
 from serving.edits.cancellation import Board, RunningEdits, owned_id
@@ -45,8 +48,12 @@ class AcceptedEdit:
 
     @property
     def owned_id(self) -> str:
-        """See `cancels.owned_id`."""
+        """See `cancellation.owned_id`."""
         return owned_id(self.id, self.owner)
+
+    def in_time(self) -> AbstractAsyncContextManager[None]:
+        """Around its work: raises DeadlineError when its time is over."""
+        return edit_deadline(self.call.deadline - self.started_s, self.started_s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +65,12 @@ class DeliveredEdit:
     "of the results, if addresses were asked for"
     kept_until: int | None = None
     "Unix time; None: the results were not kept"
+
+
+def edit_deadline(allowed_s: float, started_s: float) -> AbstractAsyncContextManager[None]:
+    """Raises DeadlineError when an edit that began at `started_s`, by `time.monotonic()`, takes longer than allowed."""
+    late = DeadlineError(f"the edit took longer than {allowed_s:g} s and was given up")
+    return within(started_s + allowed_s - time.monotonic(), late)
 
 
 class EditService:
@@ -170,13 +183,20 @@ class EditService:
 
     async def stream(self, accepted: AcceptedEdit) -> AsyncGenerator[EditEvent | DeliveredEdit, None]:
         """The same step by step; `DeliveredEdit` is last."""
-        with accepted.charge.settled(), self._spans.span("edit", accepted.call.trace) as span:
-            call = replace(accepted.call, trace=span.trace)
-            async with contextlib.aclosing(self._backend.stream(call)) as events:
+        with accepted.charge.settled():
+            async with contextlib.aclosing(self.events(accepted)) as events:
                 async for event in events:
                     if isinstance(event, Stepped):
                         accepted.charge.use(event.step / event.num_steps)
                     yield await self._delivered(accepted, event) if isinstance(event, EditOutcome) else event
+
+    async def events(self, accepted: AcceptedEdit) -> AsyncGenerator[EditEvent, None]:
+        """The same for who keeps the results in a way of its own: `EditOutcome` is last, and nobody is charged."""
+        with self._spans.span("edit", accepted.call.trace) as span:
+            call = replace(accepted.call, trace=span.trace)
+            async with contextlib.aclosing(self._backend.stream(call)) as events:
+                async for event in events:
+                    yield event
 
     @contextlib.asynccontextmanager
     async def at_work(self) -> AsyncIterator[None]:

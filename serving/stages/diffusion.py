@@ -15,13 +15,15 @@ from mgie.bundle.bundle import Bundle
 from mgie.config import SOFTWARE, ImageLimits
 from mgie.engine.engine import Engine
 from mgie.engine.handle import EditHandle, EngineStats, Previewed, StepDone, Stepped
+from mgie.errors import DeadlineError
 from mgie.images.files import EditMetadata, read_mask, write_image
 from mgie.images.geometry import resize
 from mgie.inference.conditioner import EditCondition
 from mgie.inference.renderer import Renderer, RenderRequest
+from serving.deadline import within
 from serving.errors import MixedVersionsError
 from serving.stages.autoscaling import Work
-from serving.stages.base import Stage, open_bundles, within
+from serving.stages.base import Stage, open_bundles
 from serving.stages.health import UNMONITORED, Health, Monitoring
 from serving.stages.messages import Derived, Partial, RenderedEdit, RenderOptions, StageStats
 from serving.stages.packing import unpack
@@ -37,8 +39,8 @@ from serving.telemetry.metrics import (
     Sample,
 )
 
-TRIAL_SIDE_PX = 32
-TRIAL_TOKENS = 77  # as the models' text encoders give
+PROBE_SIDE_PX = 32
+PROBE_TOKENS = 77  # as the models' text encoders give
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +165,7 @@ class DiffusionStage(Stage[_Rendering]):
     async def check_health(self) -> None:
         """Raises RuntimeError when an engine does not work; Ray Serve then replaces the replica.
 
-        Serve takes a new replica into service after its first check: the trial warms it up.
+        Serve takes a new replica into service after its first check: the probe warms it up.
         """
         dead = [name for name, one in self._pool.models().items() if not one.engine.is_alive()]
         # Looked up again: one that has just made room is closed on purpose.
@@ -249,7 +251,8 @@ class DiffusionStage(Stage[_Rendering]):
         async with contextlib.AsyncExitStack() as held:
             span = held.enter_context(self._spans.span("render", options.trace))
             span.record(num_images=options.n, num_steps=request.settings.steps)
-            async with within(timeout_s, f"model {name!r} was not loaded"):
+            late = DeadlineError(f"model {name!r} was not loaded within {timeout_s} s; the edit was given up")
+            async with within(timeout_s, late):
                 one = await held.enter_async_context(self._pool.use(name))
             handle = one.engine.submit(
                 request,
@@ -280,7 +283,7 @@ class DiffusionStage(Stage[_Rendering]):
 
 async def _probe(engine: Engine, renderer: Renderer, bundle: Bundle) -> None:
     """One edit of one step, of a blank photo with a blank condition."""
-    blank = torch.zeros(TRIAL_TOKENS, renderer.condition_dim)
+    blank = torch.zeros(PROBE_TOKENS, renderer.condition_dim)
     edit_condition = EditCondition(
         expressive="",
         condition=blank,
@@ -292,7 +295,7 @@ async def _probe(engine: Engine, renderer: Renderer, bundle: Bundle) -> None:
         bundle=bundle.identity,
     )
     request = RenderRequest(
-        image=Image.new("RGB", (TRIAL_SIDE_PX, TRIAL_SIDE_PX)),
+        image=Image.new("RGB", (PROBE_SIDE_PX, PROBE_SIDE_PX)),
         edit_condition=edit_condition,
         settings=bundle.config.defaults.override(steps=1),
         seed=0,

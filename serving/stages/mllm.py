@@ -12,10 +12,12 @@ import torch
 from PIL import Image
 
 from mgie.config import ImageLimits
+from mgie.errors import DeadlineError
 from mgie.inference.condition_cache import DEFAULT_CACHE_BYTES, ConditionCache, condition_key
 from mgie.inference.conditioner import Conditioner, EditCondition, EditRequest
+from serving.deadline import within
 from serving.stages.autoscaling import Work
-from serving.stages.base import Stage, open_bundles, within
+from serving.stages.base import Stage, open_bundles
 from serving.stages.batcher import BatchRun, GreedyBatcher
 from serving.stages.health import UNMONITORED, Monitoring
 from serving.stages.messages import Derived, StageStats
@@ -23,8 +25,8 @@ from serving.stages.packing import pack
 from serving.telemetry.metrics import CACHE_REQUESTS, CANCELS, DERIVE_SECONDS, QUEUE_SECONDS, RUNNING, WAITING, Sample
 from serving.telemetry.tracing import NO_TRACE, Trace
 
-TRIAL_SIDE_PX = 32
-TRIAL_WORDS = "make it brighter"
+PROBE_SIDE_PX = 32
+PROBE_WORDS = "make it brighter"
 
 _OUTPUT_AVERAGED = 20  # edits, over which the length of what the MLLM writes is averaged
 _LENGTH_TOKENS = 32  # prompts are batched by length in such steps: that much padding costs less than one more batch
@@ -145,7 +147,8 @@ class MLLMStage(Stage[Conditioner]):
             return batched.result
 
         with self._spans.span("derive", trace) as span:
-            async with within(timeout_s, "the condition was not derived"):
+            late = DeadlineError(f"the condition was not derived within {timeout_s} s; the edit was given up")
+            async with within(timeout_s, late):
                 if expressive is None:
                     key = await asyncio.to_thread(
                         condition_key,
@@ -181,7 +184,7 @@ class MLLMStage(Stage[Conditioner]):
     async def check_health(self) -> None:
         """Raises RuntimeError when the model does not work; Ray Serve then replaces the replica.
 
-        Serve takes a new replica into service after its first check: the trial warms it up.
+        Serve takes a new replica into service after its first check: the probe warms it up.
         """
         if not self._worker.is_alive():
             raise RuntimeError("the worker thread of MLLMStage has ended")
@@ -214,13 +217,13 @@ class MLLMStage(Stage[Conditioner]):
         if not models:  # the only one is being replaced
             return
         request = EditRequest(
-            image=Image.new("RGB", (TRIAL_SIDE_PX, TRIAL_SIDE_PX)),
-            instruction=TRIAL_WORDS,
-            expressive=TRIAL_WORDS if self._is_warm else None,
+            image=Image.new("RGB", (PROBE_SIDE_PX, PROBE_SIDE_PX)),
+            instruction=PROBE_WORDS,
+            expressive=PROBE_WORDS if self._is_warm else None,
         )
         *_, conditioner = models.values()
         await self._worker.submit(
-            _Derivation(request=request, conditioner=conditioner, key=("trial", next(self._numbers))), is_urgent=True
+            _Derivation(request=request, conditioner=conditioner, key=("probe", next(self._numbers))), is_urgent=True
         )
         self._is_warm = True
 

@@ -95,7 +95,7 @@ def test_the_first_check_warms_both_stages_up_and_counts_as_no_edit(
         return (await mllm.stats()).work, (await diffusion.stats()).work
 
     derived, rendered = asyncio.run(main())
-    assert (derived.num_batches, rendered.num_steps) == (1, 1)  # the second checks needed no trial
+    assert (derived.num_batches, rendered.num_steps) == (1, 1)  # the second checks needed no probe
     assert (rendered.num_done, rendered.work_done) == (0, 0)
     assert figures.of("derive_seconds") == []
 
