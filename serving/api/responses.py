@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -135,9 +135,8 @@ def answer_error(error: Exception, request_id: str) -> JSONResponse:
 
 def edit_response(accepted: AcceptedEdit, delivered: DeliveredEdit) -> EditResponse:
     """The 200 answer of an edit."""
-    call, bundle, outcome = accepted.call, accepted.bundle, delivered.outcome
+    options, bundle, outcome = accepted.call.options, accepted.bundle, delivered.outcome
     derived, rendered = outcome.derived, outcome.rendered
-    settings = rendered.settings
     num_input = derived.prompt_tokens + derived.image_tokens
     return EditResponse(
         created=int(time.time()),
@@ -146,7 +145,7 @@ def edit_response(accepted: AcceptedEdit, delivered: DeliveredEdit) -> EditRespo
             EditedImage(b64_json=base64.b64encode(image).decode(), revised_prompt=derived.expressive)
             for image in rendered.images
         ],
-        output_format=call.output_format,
+        output_format=options.output_format,
         size=f"{rendered.width}x{rendered.height}",
         quality="auto",
         background="opaque",
@@ -159,13 +158,8 @@ def edit_response(accepted: AcceptedEdit, delivered: DeliveredEdit) -> EditRespo
         mgie=EditDetails(
             id=accepted.id,
             kept_until=delivered.kept_until,
-            seed=call.seed,
-            sampler=settings.sampler,
-            steps=settings.steps,
-            guidance_scale=settings.guidance_scale,
-            image_guidance_scale=settings.image_guidance_scale,
-            square_crop=settings.square_crop,
-            detail_transfer=settings.detail_transfer,
+            seed=options.seed,
+            **asdict(rendered.settings),
             model=bundle.name,
             bundle=derived.bundle,
             trained=bundle.trained,

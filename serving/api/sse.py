@@ -84,7 +84,7 @@ def sse_frames(accepted: AcceptedEdit, event: EditEvent | DeliveredEdit) -> list
                 partial_image_index=event.number,
                 created_at=int(time.time()),
                 size=f"{event.width}x{event.height}",
-                output_format=accepted.call.output_format,
+                output_format=accepted.call.options.output_format,
             )
         ]
     else:

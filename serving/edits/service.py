@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 
@@ -19,7 +19,7 @@ from serving.access.keys import Caller
 from serving.access.limits import Charge, EditLimits, pixel_steps
 from serving.deadline import within
 from serving.edits.backend import EditBackend, EditEvent, EditOutcome
-from serving.edits.call import EditCall, edit_call
+from serving.edits.call import EditCall, edit_options
 from serving.edits.cancellation import Board, RunningEdits, owned_id
 from serving.edits.results import ResultStore
 from serving.errors import NotFoundError, RequestError, quoted
@@ -151,20 +151,18 @@ class EditService:
                     raise RequestError(message, param=name, code="unsupported_value")
         image = await self._source(form, caller.key.name if caller else "")
         keeps_all = self._kept is not None and self._kept.keeps_all
-        call = edit_call(
+        options = edit_options(
             form,
             # Not by its name where there is no choice: a roll-out may replace the bundle by one of another name.
             model=bundle.name if len(self._models) > 1 else None,
-            image=image,
             output_wh=await self._output_wh(form, image, bundle),
             keeps_lossless=wants_urls or (keeps_all if form.keep is None else form.keep),
-            patience_s=self._batch_patience_s if priority == "batch" else 0.0,
-            deadline=deadline,
+            queue_delay_s=self._batch_patience_s if priority == "batch" else 0.0,
             trace=trace,
         )
         return AcceptedEdit(
             id=edit_id,
-            call=call,
+            call=EditCall(image=image, mask=form.mask, options=options, deadline=deadline),
             bundle=bundle,
             base_url=base_url if wants_urls else None,
             started_s=started_s,
@@ -175,8 +173,7 @@ class EditService:
 
     async def edit(self, accepted: AcceptedEdit) -> DeliveredEdit:
         """Edits, and keeps what is to be kept. Raises MGIEError: see the table in `api/responses.py`."""
-        with accepted.charge.settled(), self._spans.span("edit", accepted.call.trace) as span:
-            call = replace(accepted.call, trace=span.trace)
+        with accepted.charge.settled(), self._traced(accepted) as call:
             # The steps are not seen from here: an edit may have done them all as soon as they may have begun.
             outcome = await self._backend.edit(call, on_derived=accepted.charge.use)
             return await self._delivered(accepted, outcome)
@@ -192,11 +189,16 @@ class EditService:
 
     async def events(self, accepted: AcceptedEdit) -> AsyncGenerator[EditEvent, None]:
         """The same for who keeps the results in a way of its own: `EditOutcome` is last, and nobody is charged."""
-        with self._spans.span("edit", accepted.call.trace) as span:
-            call = replace(accepted.call, trace=span.trace)
+        with self._traced(accepted) as call:
             async with contextlib.aclosing(self._backend.stream(call)) as events:
                 async for event in events:
                     yield event
+
+    @contextlib.contextmanager
+    def _traced(self, accepted: AcceptedEdit) -> Iterator[EditCall]:
+        call = accepted.call
+        with self._spans.span("edit", call.options.trace) as span:
+            yield replace(call, options=replace(call.options, trace=span.trace))
 
     @contextlib.asynccontextmanager
     async def at_work(self) -> AsyncIterator[None]:
@@ -234,10 +236,11 @@ class EditService:
         return None if (width, height) == own_wh else (width, height)
 
     async def _delivered(self, accepted: AcceptedEdit, outcome: EditOutcome) -> DeliveredEdit:
-        if not accepted.call.keeps_lossless:
+        options = accepted.call.options
+        if not options.keeps_lossless:
             return DeliveredEdit(outcome=outcome)
         assert self._kept is not None
-        kept = await self._kept.keep(accepted.id, accepted.call, outcome, owner=accepted.owner)
+        kept = await self._kept.keep(accepted.id, options, outcome, owner=accepted.owner)
         base_url = accepted.base_url
         urls = [] if base_url is None else [self._kept.url(file, base_url) for file in kept.files]
         return DeliveredEdit(outcome=outcome, urls=urls, kept_until=kept.expires_s)

@@ -329,7 +329,7 @@ class JobRunner:
             image, mask = await asyncio.to_thread(self._jobs.pictures, hold.job)
             started_s = time.monotonic()
             call = order.edit_call(image=image, mask=mask, deadline=started_s + left_s)
-            bundle = named_bundle(await self._service.models(), call.model)
+            bundle = named_bundle(await self._service.models(), call.options.model)
             accepted = AcceptedEdit(
                 id=hold.job.id, call=call, bundle=bundle, base_url=order.base_url, started_s=started_s
             )
@@ -337,7 +337,7 @@ class JobRunner:
             async with contextlib.aclosing(self._service.events(accepted)) as events:
                 async for event in events:
                     if isinstance(event, Derived):
-                        hold.num_steps = dict(bundle.defaults, **call.overrides)["steps"]
+                        hold.num_steps = dict(bundle.defaults, **call.options.overrides)["steps"]
                         hold.has_news.set()
                     elif isinstance(event, Stepped):
                         hold.step, hold.num_steps = event.step, event.num_steps
@@ -347,8 +347,8 @@ class JobRunner:
         return accepted, outcome
 
     async def _store(self, hold: _Hold, accepted: AcceptedEdit, outcome: EditOutcome) -> _Done:
-        stored = await self._kept.store(accepted.call, outcome, is_durable=True)
-        kept_until = self._jobs.expires_s(hold.job) if accepted.call.keeps_lossless else None
+        stored = await self._kept.store(accepted.call.options, outcome, is_durable=True)
+        kept_until = self._jobs.expires_s(hold.job) if accepted.call.options.keeps_lossless else None
         delivered = DeliveredEdit(outcome=outcome, urls=stored.files, kept_until=kept_until)
         return _Done(
             result=self._wording.result(accepted, delivered),

@@ -128,7 +128,7 @@ class JobStore:
         mask = None if mask_wh is None or call.mask is None else self._put(call.mask, mask_wh)
         record = JobRecord(
             order=JobOrder(
-                call=stored_call(call),
+                call=stored_call(call.options),
                 image=image.id,
                 mask=None if mask is None else mask.id,
                 base_url=request.base_url,

@@ -20,10 +20,9 @@ from serving.stages.autoscaling import Work
 from serving.stages.base import Stage, open_bundles
 from serving.stages.batcher import BatchRun, GreedyBatcher
 from serving.stages.health import UNMONITORED, Monitoring
-from serving.stages.messages import Derived, StageStats
+from serving.stages.messages import Derived, EditOptions, StageStats
 from serving.stages.packing import pack
 from serving.telemetry.metrics import CACHE_REQUESTS, CANCELS, DERIVE_SECONDS, QUEUE_SECONDS, RUNNING, WAITING, Sample
-from serving.telemetry.tracing import NO_TRACE, Trace
 
 PROBE_SIDE_PX = 32
 PROBE_WORDS = "make it brighter"
@@ -95,29 +94,14 @@ class MLLMStage(Stage[Conditioner]):
         )
         self._health = monitoring.health(self._probe)
 
-    async def derive(
-        self,
-        image: bytes,
-        instruction: str,
-        expressive: str | None = None,
-        *,
-        model: str | None = None,
-        deterministic: bool = False,
-        queue_delay_s: float = 0.0,
-        timeout_s: float | None = None,
-        trace: Trace = NO_TRACE,
-    ) -> Derived:
+    async def derive(self, image: bytes, options: EditOptions, *, timeout_s: float | None = None) -> Derived:
         """The condition of one edit. Cancelling the call takes it out of a running batch within a token.
 
         Args:
             image: Encoded photo.
-            instruction: The user's words.
-            expressive: The expressive instruction, if the user gives it; its condition is not kept.
-            model: Name of the bundle; None = the default.
-            deterministic: In a batch of its own: others in it would show in the last bits.
-            queue_delay_s: In line it lets those pass that come so much later, and nobody after them.
-            timeout_s: When to give up; None = never.
-            trace: To which the call belongs.
+            options: The edit. The condition of a given expressive instruction is not kept; what is deterministic has a
+                batch of its own, for others in it would show in the last bits.
+            timeout_s: When to give up; None: never.
 
         Raises:
             ImageError: The bytes are no image that can be edited.
@@ -126,38 +110,41 @@ class MLLMStage(Stage[Conditioner]):
             DeadlineError: The time ran out.
         """
         run: BatchRun | None = None
-        name = await self._named(model)
+        name, is_written = await self._named(options.model), options.expressive is None
         identity = self._bundles[name].identity
 
         async def derive() -> EditCondition:
             nonlocal run
-            request = EditRequest(image=await self._read(image), instruction=instruction, expressive=expressive)
+            request = EditRequest(
+                image=await self._read(image), instruction=options.instruction, expressive=options.expressive
+            )
             async with self._pool.use(name) as conditioner:
                 num_tokens = await asyncio.to_thread(conditioner.num_prompt_tokens, request)
                 # One forward pass reads a given text, many write one: together, the short would wait for the long.
-                kind = "generated" if expressive is None else "given"
-                alone = (next(self._numbers),) if deterministic else ()
+                kind = "generated" if is_written else "given"
+                alone = (next(self._numbers),) if options.deterministic else ()
                 key = (identity, kind, num_tokens // _LENGTH_TOKENS, *alone)
-                with self._counted(num_tokens + (self._output_tokens if expressive is None else 0.0)):
+                with self._counted(num_tokens + (self._output_tokens if is_written else 0.0)):
                     batched = await self._worker.submit(
-                        _Derivation(request=request, conditioner=conditioner, key=key), queue_delay_s=queue_delay_s
+                        _Derivation(request=request, conditioner=conditioner, key=key),
+                        queue_delay_s=options.queue_delay_s,
                     )
             run = batched.run
-            self._note(batched.result, run, is_written=expressive is None)
+            self._note(batched.result, run, is_written=is_written)
             return batched.result
 
-        with self._spans.span("derive", trace) as span:
+        with self._spans.span("derive", options.trace) as span:
             late = DeadlineError(f"the condition was not derived within {timeout_s} s; the edit was given up")
             async with within(timeout_s, late):
-                if expressive is None:
+                if is_written:
                     key = await asyncio.to_thread(
                         condition_key,
                         image,
-                        instruction,
+                        options.instruction,
                         expressive=None,
                         generation=None,
                         bundle=identity,
-                        is_alone=deterministic,
+                        is_alone=options.deterministic,
                     )
                     edit_condition = await self._cache.get(key, derive)
                 else:

@@ -74,7 +74,7 @@ def test_the_records_of_jobs_say_what_they_said(replicas: Replicas) -> None:
     photo, mask = jobs.pictures(jobs.get(QUEUED))
     assert photo == (DATA / "job_request" / "photo.png").read_bytes()
     assert mask == (DATA / "job_request" / "mask.png").read_bytes()
-    call = queued.order.edit_call(image=photo, mask=mask, deadline=0.0)
+    call = queued.order.edit_call(image=photo, mask=mask, deadline=0.0).options
     assert (call.instruction, call.seed, call.overrides) == ("remove the house", 13, {"steps": 3})
     assert (call.deterministic, call.keeps_lossless, call.output_format) == (True, True, "png")
 

@@ -33,7 +33,7 @@ from mgie.images.files import read_image, read_metadata
 from serving.api.responses import ANSWERS, answer_error
 from serving.api.routes import build_api
 from serving.edits.backend import EditOutcome, OnDerived
-from serving.edits.call import EditCall, edit_call
+from serving.edits.call import EditCall, edit_options
 from serving.edits.in_process import InProcessBackend
 from serving.errors import RequestError
 from serving.schema import EditForm
@@ -487,7 +487,7 @@ def test_concurrent_edits_share_batches_and_say_so(mllm: MLLMStage, diffusion: D
     async def main() -> list[float]:
         outcomes = await asyncio.gather(
             *(
-                backend.edit(edit_call(form, model="random", image=form.image or b"", deadline=math.inf))
+                backend.edit(EditCall(image=form.image or b"", options=edit_options(form), deadline=math.inf))
                 for form in forms
             )
         )

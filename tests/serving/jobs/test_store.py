@@ -11,7 +11,7 @@ import pytest
 
 from mgie.config import ImageLimits
 from mgie.errors import ImageError, ImageTooLargeError, MaskError
-from serving.edits.call import edit_call
+from serving.edits.call import EditCall, edit_options
 from serving.errors import JobEndedError, KeyReusedError, NotFoundError
 from serving.jobs.record import JobRecord, Lease
 from serving.jobs.store import HEAD_START_S, Job, JobRequest, JobStore, QueueEntry, form_digest
@@ -62,7 +62,7 @@ def ask(small: bytes) -> Callable[..., JobRequest]:
     def make(*, image: bytes = small, mask: bytes | None = None, prompt: str = "p", **changes: Any) -> JobRequest:
         form = EditForm(image=image, mask=mask, prompt=prompt, seed=1, steps=1)
         request = JobRequest(
-            call=edit_call(form, model="random", image=image, deadline=0.0),
+            call=EditCall(image=image, mask=mask, options=edit_options(form, model="random"), deadline=0.0),
             square_crop=False,
             base_url="http://here",
             wants_urls=False,
