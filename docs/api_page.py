@@ -162,9 +162,8 @@ def errors() -> list[tuple[str, str, str]]:
 
 
 def first_line(documented: type) -> str:
-    """The summary of a docstring, without the status that some repeat."""
-    summary = (inspect.getdoc(documented) or "").partition("\n\n")[0].replace("\n", " ")
-    return re.sub(r" \(\d{3}\)\.$", ".", summary)
+    """The summary of a docstring."""
+    return (inspect.getdoc(documented) or "").partition("\n\n")[0].replace("\n", " ")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,8 @@
     ├── RenderError              the diffusion model's output is no picture
     ├── EngineFullError          the engine has no room for another edit; later it may
     ├── DeadlineError            an edit was not done in its time
+    ├── ClosedError              what should have done the work was closed before it was done
     └── ParityError              a folder of reference vectors cannot be read
-    RuntimeError
-    └── EngineClosedError        the engine was closed before the edit ended
 
 A message names the thing, the value got and the value allowed. Knows nothing of HTTP: `serving`
 maps these classes to status codes in one table.
@@ -95,9 +94,9 @@ class DeadlineError(MGIEError):
     """An edit was not done in the time it was given."""
 
 
+class ClosedError(MGIEError):
+    """An engine, a batcher or a pool of models was closed before the work was done."""
+
+
 class ParityError(MGIEError):
     """A folder of reference vectors cannot be read."""
-
-
-class EngineClosedError(RuntimeError):
-    """The engine was closed before the edit was done."""

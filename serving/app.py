@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 MAX_OPEN_REQUESTS = 1000  # of one ingress replica, which only waits
 DRAIN_SLACK_S = 10.0  # between the deadline of an edit and the moment at which a draining replica is stopped
 DRAIN_POLL_S = 0.5  # how often a draining replica looks whether it is done
-HEALTH_SLACK_S = 10.0  # so much later than a stage itself does Serve take a trial of it to hang
+HEALTH_SLACK_S = 10.0  # so much later than a stage itself does Serve take a probe of it to hang
 SERVE_LOGGER = "ray.serve"  # whose files and format the replicas of an application share
 RESOURCE_SHARE = 0.001  # of a node's custom resource: it marks nodes and limits nothing
 
@@ -165,7 +165,7 @@ def app(args: ServingArgs) -> serve.Application:
         "graceful_shutdown_timeout_s": drain_s,
         "graceful_shutdown_wait_loop_s": DRAIN_POLL_S,
         "health_check_period_s": args.health_check_period_s,
-        "health_check_timeout_s": args.health_trial_timeout_s + HEALTH_SLACK_S,
+        "health_check_timeout_s": args.health_probe_timeout_s + HEALTH_SLACK_S,
         "max_surge_percent": args.max_surge_percent,
     }
 
@@ -207,8 +207,8 @@ def app(args: ServingArgs) -> serve.Application:
             limits=replace(args.limits, max_bytes=sys.maxsize),
             monitoring=Monitoring(
                 meter=RayMeter(),
-                probe_period_s=args.health_trial_period_s,
-                probe_timeout_s=args.health_trial_timeout_s,
+                probe_period_s=args.health_probe_period_s,
+                probe_timeout_s=args.health_probe_timeout_s,
                 tracing=args.tracing,
             ),
             **settings,

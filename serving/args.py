@@ -142,10 +142,10 @@ class ServingArgs(BaseModel):
         20.0, ge=0, description="A guess of how long a new replica takes to come; what is seen replaces it"
     )
     health_check_period_s: float = Field(2.0, gt=0, description="How soon a dead replica is noticed and replaced")
-    health_trial_period_s: float = Field(
+    health_probe_period_s: float = Field(
         10.0, gt=0, description="How often a stage replica with nothing to do shows by a small edit that it works"
     )
-    health_trial_timeout_s: float = Field(
+    health_probe_timeout_s: float = Field(
         30.0, gt=0, description="When such an edit is taken to hang; the replica is replaced after three failed checks"
     )
     tracing: str | None = Field(

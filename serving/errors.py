@@ -2,36 +2,27 @@
 
     MGIEError
     ├── RequestError               the request asks for something that is not allowed
-    │   ├── UnknownModelError      ... a model that is not served
-    │   ├── UnknownPreviousError   ... to go on from an edit of which there is no result
+    │   ├── NotFoundError          ... for a model, result, file or job that is not there
     │   ├── MediaTypeError         ... with a body of another kind
-    │   └── BodyTooLargeError      ... with a body larger than any edit needs
-    ├── UnknownKeyError            no valid API key
-    ├── LimitError                 a key has used what it may
+    │   ├── BodyTooLargeError      ... with a body larger than any edit needs
+    │   ├── KeyReusedError         ... with an idempotency key of another request
+    │   ├── JobEndedError          ... to cancel a job that has ended
+    │   ├── UnknownKeyError        ... without a valid API key
+    │   └── LimitError             ... with a key that has used what it may
     ├── ContentPolicyError         the operator's check refused a picture or its instruction
     ├── SafetyCheckError           the operator's check failed
     ├── CancelledEditError         the edit was called off
-    ├── BoardError                 whether an edit runs in another replica cannot be told now
+    ├── JobFailedError             the job failed too often, or brought down what ran it
     ├── StageUnavailableError      a stage has no replica that answers
     ├── ModelUnavailableError      a model that is served cannot be loaded now
-    ├── BundleError
-    │   └── MixedVersionsError     the two stages serve different bundles
+    ├── BoardError                 whether an edit runs in another replica cannot be told now
     ├── StoreError                 a store is in trouble, or refuses
     │   └── DamagedError           something lies in it that it did not write
-    ├── ArtifactMissingError       there is no artifact of that id
-    ├── JobMissingError            there is no job of that id
-    ├── JobEndedError              the job has ended, so that it cannot be cancelled
-    ├── JobFailedError             the job failed too often, or brought down what ran it
-    ├── KeyReusedError             an idempotency key belongs to another request
-    └── BrokenAnswerError          an answer could not be sent to its end
-    RuntimeError                   what only a caller in this process meets
-    ├── BatcherClosedError         the batcher was closed before the item ran
-    └── PoolClosedError            the pool of models was closed
+    └── BundleError
+        └── MixedVersionsError     the two stages serve different bundles
 
 `api/responses.py` maps them to status codes in one table.
 """
-
-from typing import Literal
 
 from mgie.errors import BundleError, MGIEError
 
@@ -40,33 +31,54 @@ PRIVATE_FIELDS = ("prompt", "expressive", "user")
 
 
 class RequestError(MGIEError):
-    """The HTTP request asks for something that is not allowed (400).
+    """The HTTP request asks for something that is not allowed.
 
     Args:
         message: One sentence: the parameter, the value got, the value allowed.
         param: The parameter at fault.
-        code: Machine-readable reason.
+        code: Machine-readable reason; None: that of the class in `api/responses.py`.
     """
 
-    def __init__(self, message: str, *, param: str | None = None, code: str = "invalid_value") -> None:
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message, param=param)
         self.code = code
 
 
-class UnknownModelError(RequestError):
-    """The model asked for is not served (404)."""
-
-
-class UnknownPreviousError(RequestError):
-    """There is no result of the edit that this one is to go on from (404)."""
+class NotFoundError(RequestError):
+    """There is no such model, result, file or job: there never was, or not any more."""
 
 
 class MediaTypeError(RequestError):
-    """The body is neither multipart/form-data nor application/json (415)."""
+    """The body is neither multipart/form-data nor application/json."""
 
 
 class BodyTooLargeError(RequestError):
-    """The body is larger than any edit needs (413)."""
+    """The body is larger than any edit needs."""
+
+
+class KeyReusedError(RequestError):
+    """The idempotency key belongs to another request."""
+
+
+class JobEndedError(RequestError):
+    """The job has ended, so that it cannot be cancelled."""
+
+
+class UnknownKeyError(RequestError):
+    """There is no API key, or none that is valid."""
+
+
+class LimitError(RequestError):
+    """An API key has used what it may.
+
+    Args:
+        message, code: As for every `RequestError`.
+        retry_after_s: Seconds until there is enough again.
+    """
+
+    def __init__(self, message: str, *, code: str = "rate_limited", retry_after_s: float = 1.0) -> None:
+        super().__init__(message, code=code)
+        self.retry_after_s = retry_after_s
 
 
 def quoted_field(name: str, value: object) -> str:
@@ -109,10 +121,6 @@ class StoreError(MGIEError):
     """
 
 
-class ArtifactMissingError(MGIEError):
-    """There is no artifact of the id given: never was, or not any more."""
-
-
 class DamagedError(StoreError):
     """Something lies in the store that was not written by it."""
 
@@ -121,66 +129,9 @@ class ModelUnavailableError(MGIEError):
     """A model that is served cannot be loaded now."""
 
 
-class PoolClosedError(RuntimeError):
-    """The pool was closed."""
-
-
 class MixedVersionsError(BundleError):
     """The two stages serve different bundles, as they do for a while during a roll-out."""
 
 
-class UnknownKeyError(MGIEError):
-    """A request has no key that is valid (401).
-
-    Args:
-        message: As for every error.
-        code: What is wrong with it.
-    """
-
-    def __init__(self, message: str, *, code: Literal["missing_api_key", "invalid_api_key"]) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-class LimitError(MGIEError):
-    """A key has used what it may (429).
-
-    Args:
-        message: As for every error.
-        code: Which limit.
-        retry_after_s: Seconds until there is enough again.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        code: Literal["rate_limited", "cost_limited", "too_many_concurrent"],
-        retry_after_s: float,
-    ) -> None:
-        super().__init__(message)
-        self.code, self.retry_after_s = code, retry_after_s
-
-
-class JobMissingError(MGIEError):
-    """There is no job of the id given: never was, or not any more."""
-
-
-class JobEndedError(MGIEError):
-    """The job has ended, so that it cannot be cancelled."""
-
-
 class JobFailedError(MGIEError):
     """The job failed too often through no fault of its own, or brought down what ran it."""
-
-
-class KeyReusedError(MGIEError):
-    """The idempotency key belongs to another request."""
-
-
-class BrokenAnswerError(MGIEError):
-    """An answer could not be sent to its end."""
-
-
-class BatcherClosedError(RuntimeError):
-    """The batcher was closed before the item ran."""

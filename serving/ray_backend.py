@@ -18,16 +18,8 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from mgie.errors import EngineFullError, MGIEError
-from serving.edits.backend import (
-    READY_TIMEOUT_S,
-    EditEvent,
-    EditOutcome,
-    OnDerived,
-    ServiceStats,
-    render_options,
-    same_bundles,
-    seconds_left,
-)
+from serving.deadline import within
+from serving.edits.backend import READY_TIMEOUT_S, EditEvent, EditOutcome, OnDerived, ServiceStats, same_bundles
 from serving.edits.call import EditCall
 from serving.edits.cancellation import CancelBoard
 from serving.errors import MixedVersionsError, StageUnavailableError
@@ -92,20 +84,12 @@ class HandleBackend:
 
     def _for(self, stage: DeploymentHandle[Any], call: EditCall) -> Any:
         """Of several bundles: with a replica first that has the edit's own in memory."""
-        return stage if call.model is None else stage.options(multiplexed_model_id=call.model)
+        model = call.options.model
+        return stage if model is None else stage.options(multiplexed_model_id=model)
 
     async def _derive(self, call: EditCall, image: "ray.ObjectRef[bytes]") -> "_Called":
         return await _call(
-            lambda _: self._for(self._mllm, call).derive.remote(
-                image,
-                call.instruction,
-                call.expressive,
-                model=call.model,
-                deterministic=call.deterministic,
-                queue_delay_s=call.patience_s,
-                timeout_s=seconds_left(call),
-                trace=call.trace,
-            )
+            lambda _: self._for(self._mllm, call).derive.remote(image, call.options, timeout_s=call.left_s)
         )
 
     def _wake_diffusion(self) -> None:
@@ -141,8 +125,9 @@ class HandleBackend:
                 image,
                 # By reference. After a failure by value: the node that held the object may be gone.
                 mllm.result if retry else mllm.response,
-                render_options(call),
-                timeout_s=seconds_left(call),
+                call.options,
+                mask=call.mask,
+                timeout_s=call.left_s,
             )
         )
         retries = {"mllm": mllm.num_retries, "diffusion": diffusion.num_retries}
@@ -177,7 +162,7 @@ class HandleBackend:
         derived: Derived = mllm.result
         yield derived
         stage: Any = self._for(self._diffusion, call).options(stream=True)
-        events = stage.render_stream.remote(image, mllm.response, render_options(call), timeout_s=seconds_left(call))
+        events = stage.render_stream.remote(image, mllm.response, call.options, mask=call.mask, timeout_s=call.left_s)
         try:
             async for event in events:
                 yield EditOutcome(derived=derived, rendered=event) if isinstance(event, RenderedEdit) else event
@@ -292,9 +277,8 @@ def _is_asleep(stage: DeploymentHandle[Any], replicas: Mapping[str, Mapping[str,
 
 
 async def _stats_of(stage: DeploymentHandle[Any]) -> StageStats | None:
-    try:
-        async with asyncio.timeout(READY_TIMEOUT_S):
+    with contextlib.suppress(StageUnavailableError):
+        async with within(READY_TIMEOUT_S, StageUnavailableError("no answer")):
             stats: StageStats = (await _call(lambda _: stage.stats.remote())).result
-    except (TimeoutError, StageUnavailableError):
-        return None
-    return stats
+            return stats
+    return None

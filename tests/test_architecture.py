@@ -30,6 +30,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     "serving": (
         *(
             "errors",
+            "deadline",
             "schema",
             "telemetry",
             "storage",

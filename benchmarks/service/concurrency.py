@@ -15,7 +15,6 @@ import time
 import numpy as np
 import tyro
 
-from mgie.bundle.bundle import open_bundle
 from mgie.images.files import read_image
 from mgie.images.geometry import center_square, resize
 from serving.demo import draw_landscape
@@ -23,6 +22,7 @@ from serving.edits.backend import EditOutcome
 from serving.edits.call import EditCall
 from serving.edits.in_process import InProcessBackend
 from serving.stages.diffusion import DiffusionStage
+from serving.stages.messages import EditOptions
 from serving.stages.mllm import MLLMStage
 
 SIZES = ((320, 320), (400, 256), (256, 400), (480, 200))
@@ -57,18 +57,10 @@ def make_calls(config: BenchmarkConfig) -> list[EditCall]:
         photos.append(out.getvalue())
     return [
         EditCall(
-            model=open_bundle(config.bundle).config.name,
             image=photos[i % len(photos)],
-            instruction=f"make it {'very ' * (i % 5)}dark",
-            expressive=None,
-            overrides={"steps": config.steps},
-            seed=i,
-            output_format="png",
-            output_quality=None,
-            n=1,
-            mask=None,
-            deterministic=False,
-            num_partials=0,
+            options=EditOptions(
+                instruction=f"make it {'very ' * (i % 5)}dark", overrides={"steps": config.steps}, seed=i
+            ),
             deadline=math.inf,
         )
         for i in range(config.num_edits)

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script,
 
 from serving.args import ServingArgs
 from serving.demo import draw_landscape
-from serving.edits.call import edit_call
+from serving.edits.call import EditCall, edit_options
 from serving.edits.in_process import InProcessBackend
 from serving.jobs.webhooks import SECRET_VARIABLE
 from serving.local_cluster import free_port, local_service
@@ -255,7 +255,7 @@ async def undisturbed(config: BenchmarkConfig, client: Client, photo: bytes) -> 
     backend, digests = InProcessBackend(mllm, diffusion), []
     for job in client.jobs[: config.distinct]:
         form = EditForm.model_validate(client.fields(job))
-        call = edit_call(form, model=None, image=photo, deadline=time.monotonic() + 600)
+        call = EditCall(image=photo, options=edit_options(form), deadline=time.monotonic() + 600)
         digests.append(digest((await backend.edit(call)).rendered.images[0]))
     mllm.close()
     diffusion.close()

@@ -32,7 +32,7 @@ from mgie.engine.fair_scheduler import FairScheduler
 from mgie.engine.handle import EditHandle, EditProgress, EngineStats, Phase, Previewed, Started, StepDone, Stepped
 from mgie.engine.in_flight import EditInFlight, SampleInFlight
 from mgie.engine.priority_threads import PriorityThreads
-from mgie.errors import ConfigError, DeadlineError, EngineClosedError, EngineFullError
+from mgie.errors import ClosedError, ConfigError, DeadlineError, EngineFullError
 from mgie.images.masks import check_mask
 from mgie.inference.renderer import Renderer, RenderRequest
 from mgie.model.guidance import needed_branches
@@ -136,7 +136,7 @@ class Engine:
             ConfigError: A value is out of range, or the edit is larger than the engine ever has room for.
             ImageError: The mask does not fit the image.
             EngineFullError: The line is full.
-            EngineClosedError: The engine is closed.
+            ClosedError: The engine is closed.
         """
         check_range("n", n, 1, MAX_RESULTS)
         check_range("num_previews", num_previews, 0, MAX_PREVIEWS)
@@ -161,7 +161,7 @@ class Engine:
         )
         with self._changed:
             if self._is_closed:
-                raise EngineClosedError("the engine is closed")
+                raise ClosedError("the engine is closed")
             if not is_probe and not self._admission.enter(edit, edit.pixels, order=edit.submitted_at + queue_delay_s):
                 self._ended["refused"] += 1
                 raise EngineFullError(
@@ -212,7 +212,7 @@ class Engine:
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
-        self._fail_all(EngineClosedError("the engine was closed before the edit was done"))
+        self._fail_all(ClosedError("the engine was closed before the edit was done"))
         self._stepper.join()
         self._codec.close()
 
@@ -283,7 +283,7 @@ class Engine:
                     del batch  # or it would keep its samples while there are no others
         finally:  # also when a bug or a lost device ends it: nobody may wait for ever
             self._is_closed = True
-            self._fail_all(EngineClosedError("the engine's thread has ended"))
+            self._fail_all(ClosedError("the engine's thread has ended"))
 
     def _next_batch(self) -> list[SampleInFlight] | None:
         """Waits for samples to advance; None once the engine is closed."""

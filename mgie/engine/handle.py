@@ -200,7 +200,7 @@ class StepDone:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStats:
-    """What the engine has done and is doing. Each submitted edit but trials is in exactly one of the seven counts."""
+    """What the engine has done and is doing. Each submitted edit but probes is in exactly one of the seven counts."""
 
     num_done: int
     num_failed: int

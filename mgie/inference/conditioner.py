@@ -19,6 +19,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from mgie.config import GenerationConfig
 from mgie.errors import PromptError
 from mgie.images.pixels import ClipPixels
+from mgie.inference.words import DerivedWords
 from mgie.model.edit_head import EditHead
 from mgie.model.generation import Generation, Generator, select_states
 from mgie.model.mllm import MLLM
@@ -47,25 +48,13 @@ class EditRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditCondition:
+class EditCondition(DerivedWords):
     """All that the diffusion stage needs of the words; small enough to send (about 120 KB per condition in half precision)."""
 
-    expressive: str
-    "the expressive instruction, cleaned; empty where the model wrote none"
     condition: Float[Tensor, "Q C"]
     "conditioning of the UNet"
     null_condition: Float[Tensor, "Q C"]
     "conditioning that means `no words`"
-    used_fallback: bool
-    "the model gave no usable visual tokens, so states of other tokens stand in: the edit may ignore the words"
-    prompt_tokens: int
-    "text tokens of the prompt"
-    image_tokens: int
-    "image features in the prompt"
-    output_tokens: int
-    "tokens generated"
-    bundle: str
-    "identity of the bundle that derived it"
 
 
 @runtime_checkable

@@ -145,7 +145,7 @@ class JobApi:
             priority=priority,
             trace=trace_of(request.headers),
         )
-        settings = {**accepted.bundle.defaults, **accepted.call.overrides}
+        settings = {**accepted.bundle.defaults, **accepted.call.options.overrides}
         accepted_s = self._jobs.now_s()
         with accepted.charge.settled():
             job = await asyncio.to_thread(

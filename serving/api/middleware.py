@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.api.request_body import JSON_TYPE
 from serving.api.responses import answer_error
-from serving.errors import BodyTooLargeError, BrokenAnswerError
+from serving.errors import BodyTooLargeError
 from serving.telemetry.logs import CLIENT_GONE
 from serving.telemetry.metrics import EDIT_SECONDS, EDITS, Meter
 
@@ -88,7 +88,7 @@ class BoundaryMiddleware:
             if has_started:
                 # Whatever carries the answer would write the exception into a log of its own, words and all.
                 logger.exception("request %s failed in the middle of its answer", request_id)
-                raise BrokenAnswerError("the answer broke off; the log of the ingress has the reason") from None
+                raise RuntimeError("the answer broke off; the log of the ingress has the reason") from None
             await answer_error(error, request_id)(scope, receive, send_with_id)
 
 

@@ -5,13 +5,14 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from mgie.errors import (
+    ClosedError,
     ConfigError,
     DeadlineError,
     EngineFullError,
@@ -23,25 +24,22 @@ from mgie.errors import (
 )
 from serving.edits.service import AcceptedEdit, DeliveredEdit
 from serving.errors import (
-    ArtifactMissingError,
     BoardError,
     BodyTooLargeError,
     CancelledEditError,
     ContentPolicyError,
     JobEndedError,
     JobFailedError,
-    JobMissingError,
     KeyReusedError,
     LimitError,
     MediaTypeError,
     MixedVersionsError,
     ModelUnavailableError,
+    NotFoundError,
     RequestError,
     StageUnavailableError,
     StoreError,
     UnknownKeyError,
-    UnknownModelError,
-    UnknownPreviousError,
     quoted,
 )
 from serving.schema import BatchPlace, EditDetails, EditedImage, EditResponse, EnginePlace, InputTokens, Timings, Usage
@@ -60,16 +58,19 @@ class Answer:
     "said instead of the error's own, which is for operators and goes to the log"
 
 
+_SOON = {"retry-after": "1"}
+# OpenAI's clients retry 409 and 5xx twice: without the header a slow edit would be run three times.
+_NO_RETRY = {"x-should-retry": "false"}
+
 # The one table. The first class that fits counts; what is not listed is a 500 without internals.
 ANSWERS: tuple[tuple[type[MGIEError], Answer], ...] = (
     (UnknownKeyError, Answer(401, "invalid_api_key", {"www-authenticate": "Bearer"})),
     (LimitError, Answer(429, "rate_limited")),
-    (UnknownModelError, Answer(404, "model_not_found")),
-    (UnknownPreviousError, Answer(404, "previous_not_found")),
-    (ArtifactMissingError, Answer(404, "not_found")),
-    (JobMissingError, Answer(404, "not_found")),
+    (NotFoundError, Answer(404, "not_found")),
     (MediaTypeError, Answer(415, "unsupported_media_type")),
     (BodyTooLargeError, Answer(413, "body_too_large")),
+    (KeyReusedError, Answer(422, "idempotency_key_reused")),
+    (JobEndedError, Answer(409, "job_ended", _NO_RETRY)),
     (RequestError, Answer(400, "invalid_value")),
     (ImageTooLargeError, Answer(413, "image_too_large")),
     (MaskError, Answer(400, "invalid_mask")),
@@ -78,17 +79,15 @@ ANSWERS: tuple[tuple[type[MGIEError], Answer], ...] = (
     (ConfigError, Answer(400, "invalid_value")),
     (ContentPolicyError, Answer(400, "content_policy_violation")),
     (EngineFullError, Answer(429, "engine_full")),
-    (StageUnavailableError, Answer(503, "stage_unavailable", {"retry-after": "1"})),
-    (MixedVersionsError, Answer(503, "stage_unavailable", {"retry-after": "1"})),
-    (ModelUnavailableError, Answer(503, "model_unavailable", {"retry-after": "1"})),
-    (BoardError, Answer(503, "board_unavailable", {"retry-after": "1"})),
-    # OpenAI's clients retry 409 and 5xx twice: without the header a slow edit would be run three times.
-    (StoreError, Answer(503, "store_unavailable", {"x-should-retry": "false"}, "the store of results is in trouble")),
-    (KeyReusedError, Answer(422, "idempotency_key_reused")),
-    (JobEndedError, Answer(409, "job_ended", {"x-should-retry": "false"})),
-    (JobFailedError, Answer(500, "job_failed", {"x-should-retry": "false"})),
-    (CancelledEditError, Answer(409, "cancelled", {"x-should-retry": "false"})),
-    (DeadlineError, Answer(504, "deadline_exceeded", {"x-should-retry": "false"})),
+    (StageUnavailableError, Answer(503, "stage_unavailable", _SOON)),
+    (MixedVersionsError, Answer(503, "stage_unavailable", _SOON)),
+    (ClosedError, Answer(503, "stage_unavailable", _SOON, "a stage has been stopped; try again")),
+    (ModelUnavailableError, Answer(503, "model_unavailable", _SOON)),
+    (BoardError, Answer(503, "board_unavailable", _SOON)),
+    (StoreError, Answer(503, "store_unavailable", _NO_RETRY, "the store of results is in trouble")),
+    (JobFailedError, Answer(500, "job_failed", _NO_RETRY)),
+    (CancelledEditError, Answer(409, "cancelled", _NO_RETRY)),
+    (DeadlineError, Answer(504, "deadline_exceeded", _NO_RETRY)),
 )
 
 # Names inside the product -> names of the form.
@@ -114,11 +113,7 @@ def answer_error(error: Exception, request_id: str) -> JSONResponse:
     for kind, answer in ANSWERS:
         if isinstance(error, kind):
             param = _FORM_NAMES.get(error.param or "", error.param)
-            code = answer.code
-            if isinstance(error, UnknownKeyError | LimitError) or (
-                isinstance(error, RequestError) and answer.status == 400
-            ):
-                code = error.code
+            code = (error.code if isinstance(error, RequestError) else None) or answer.code
             headers = dict(answer.headers)
             if isinstance(error, EngineFullError | LimitError):
                 headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
@@ -140,9 +135,8 @@ def answer_error(error: Exception, request_id: str) -> JSONResponse:
 
 def edit_response(accepted: AcceptedEdit, delivered: DeliveredEdit) -> EditResponse:
     """The 200 answer of an edit."""
-    call, bundle, outcome = accepted.call, accepted.bundle, delivered.outcome
+    options, bundle, outcome = accepted.call.options, accepted.bundle, delivered.outcome
     derived, rendered = outcome.derived, outcome.rendered
-    settings = rendered.settings
     num_input = derived.prompt_tokens + derived.image_tokens
     return EditResponse(
         created=int(time.time()),
@@ -151,7 +145,7 @@ def edit_response(accepted: AcceptedEdit, delivered: DeliveredEdit) -> EditRespo
             EditedImage(b64_json=base64.b64encode(image).decode(), revised_prompt=derived.expressive)
             for image in rendered.images
         ],
-        output_format=call.output_format,
+        output_format=options.output_format,
         size=f"{rendered.width}x{rendered.height}",
         quality="auto",
         background="opaque",
@@ -164,13 +158,8 @@ def edit_response(accepted: AcceptedEdit, delivered: DeliveredEdit) -> EditRespo
         mgie=EditDetails(
             id=accepted.id,
             kept_until=delivered.kept_until,
-            seed=call.seed,
-            sampler=settings.sampler,
-            steps=settings.steps,
-            guidance_scale=settings.guidance_scale,
-            image_guidance_scale=settings.image_guidance_scale,
-            square_crop=settings.square_crop,
-            detail_transfer=settings.detail_transfer,
+            seed=options.seed,
+            **asdict(rendered.settings),
             model=bundle.name,
             bundle=derived.bundle,
             trained=bundle.trained,

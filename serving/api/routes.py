@@ -4,7 +4,6 @@ Knows neither Ray nor models: `app.py` puts an `EditBackend` made of deployment 
 one made of the same stages in process.
 """
 
-import asyncio
 import contextlib
 import logging
 import time
@@ -19,7 +18,7 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 from mgie.config import ImageLimits
-from mgie.errors import DeadlineError, MGIEError
+from mgie.errors import MGIEError
 from serving.access.keys import KeyRing
 from serving.access.limits import EditLimits
 from serving.api.access_gate import AccessMiddleware, watched
@@ -29,11 +28,12 @@ from serving.api.page import add_page
 from serving.api.request_body import FORM_TYPE, JSON_TYPE, read_form
 from serving.api.responses import answer_error, edit_response
 from serving.api.sse import event_stream
+from serving.deadline import within
 from serving.edits.backend import READY_TIMEOUT_S, EditBackend, ServiceStats
 from serving.edits.cancellation import Board, owned_id
 from serving.edits.results import ResultStore
-from serving.edits.service import BATCH_PATIENCE_S, EditService
-from serving.errors import ArtifactMissingError, RequestError, StageUnavailableError
+from serving.edits.service import BATCH_PATIENCE_S, EditService, edit_deadline
+from serving.errors import NotFoundError, RequestError, StageUnavailableError
 from serving.jobs.runner import JobRunner, JobSettings
 from serving.jobs.store import JobStore
 from serving.schema import (
@@ -106,9 +106,7 @@ def build_api(
 
     runner = desk = None
     if jobs is not None:
-        runner = JobRunner(
-            jobs, backend, service, settings=job_settings, wording=ApiWording(), meter=meter, spans=spans
-        )
+        runner = JobRunner(jobs, service, settings=job_settings, wording=ApiWording(), meter=meter)
         desk = JobApi(jobs, runner, service, settings=job_settings, public_url=public_url, meter=meter)
 
     @contextlib.asynccontextmanager
@@ -155,46 +153,34 @@ def build_api(
     )
     async def edit_image(request: Request) -> Response:
         started_s = time.monotonic()
-        allowed_s = timeout_s
-        deadline = asyncio.timeout_at(asyncio.get_running_loop().time() + timeout_s)
-        try:
-            async with deadline:
-                wants_job = is_job(request, has_jobs=desk is not None)
-                if not wants_job:
-                    backend.check_room()  # before the body is read: under overload a refusal has to be cheap
-                form = await read_form(request)
-                if logs_prompts:
-                    request.state.logged_words = {"prompt": form.prompt, "expressive": form.expressive}
-                if desk is not None and wants_job:
-                    return await desk.accept(request, form)
-                check_no_job(form)
-                if form.timeout_s is not None:
-                    if form.timeout_s > timeout_s:
-                        raise RequestError(
-                            f"timeout_s is {form.timeout_s:g}; it must be at most {timeout_s:g}", param="timeout_s"
-                        )
-                    allowed_s = form.timeout_s
-                    ends_s = deadline.when()
-                    assert ends_s is not None
-                    deadline.reschedule(ends_s - timeout_s + allowed_s)
-                accepted = await service.accept(
-                    form,
-                    edit_id=request.state.request_id,
-                    base_url=public_url or str(request.base_url),
-                    started_s=started_s,
-                    deadline=started_s + allowed_s,
-                    caller=request.state.caller,
-                    priority=request.state.priority or "interactive",
-                    trace=trace_of(request.headers),
-                )
-                if form.stream:
-                    return await event_stream(request, accepted, service)
-                work = service.running.run(accepted.owned_id, service.edit(accepted))
-                delivered = await cancel_on_disconnect(request, work)
-        except TimeoutError as error:
-            if not deadline.expired():
-                raise  # a timeout of something else
-            raise DeadlineError(f"the edit took longer than {allowed_s:g} s and was given up") from error
+        async with edit_deadline(timeout_s, started_s):
+            wants_job = is_job(request, has_jobs=desk is not None)
+            if not wants_job:
+                backend.check_room()  # before the body is read: under overload a refusal has to be cheap
+            form = await read_form(request)
+            if logs_prompts:
+                request.state.logged_words = {"prompt": form.prompt, "expressive": form.expressive}
+            if desk is not None and wants_job:
+                return await desk.accept(request, form)
+        check_no_job(form)
+        allowed_s = timeout_s if form.timeout_s is None else form.timeout_s
+        if allowed_s > timeout_s:
+            raise RequestError(f"timeout_s is {allowed_s:g}; it must be at most {timeout_s:g}", param="timeout_s")
+        async with edit_deadline(allowed_s, started_s):
+            accepted = await service.accept(
+                form,
+                edit_id=request.state.request_id,
+                base_url=public_url or str(request.base_url),
+                started_s=started_s,
+                deadline=started_s + allowed_s,
+                caller=request.state.caller,
+                priority=request.state.priority or "interactive",
+                trace=trace_of(request.headers),
+            )
+            if form.stream:
+                return await event_stream(request, accepted, service)
+            work = service.running.run(accepted.owned_id, service.edit(accepted))
+            delivered = await cancel_on_disconnect(request, work)
         absent = "b64_json" if delivered.urls else "url"
         return JSONResponse(edit_response(accepted, delivered).model_dump(exclude={"data": {"__all__": {absent}}}))
 
@@ -217,7 +203,7 @@ def build_api(
     )
     async def kept_file(name: str) -> Response:
         if kept is None:
-            raise ArtifactMissingError("this service keeps no results")
+            raise NotFoundError("this service keeps no results")
         artifact, data = await kept.read(name)
         left_s = max(0, int(artifact.expires_s - time.time()))
         headers = {"cache-control": f"private, max-age={left_s}, immutable", "x-content-type-options": "nosniff"}
@@ -264,11 +250,8 @@ def build_api(
 
 
 async def _or_unavailable(question: Callable[[], Awaitable[T]]) -> T:
-    try:
-        async with asyncio.timeout(READY_TIMEOUT_S):
-            return await question()
-    except TimeoutError as error:
-        raise StageUnavailableError(f"a stage did not answer within {READY_TIMEOUT_S:g} s") from error
+    async with within(READY_TIMEOUT_S, StageUnavailableError(f"a stage did not answer within {READY_TIMEOUT_S:g} s")):
+        return await question()
 
 
 async def _handle(request: Request, error: Exception) -> Response:

@@ -15,10 +15,9 @@ from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 
 from mgie.engine.handle import Stepped
-from mgie.errors import DeadlineError
 from serving.api.middleware import cancel_on_disconnect
 from serving.api.responses import answer_error, edit_response
-from serving.edits.backend import EditEvent, seconds_left
+from serving.edits.backend import EditEvent
 from serving.edits.service import AcceptedEdit, DeliveredEdit, EditService
 from serving.schema import CompletedEvent, PartialEvent
 from serving.stages.messages import Derived, Partial
@@ -32,16 +31,10 @@ async def event_stream(request: Request, accepted: AcceptedEdit, service: EditSe
     frames: asyncio.Queue[str | Exception | None] = asyncio.Queue()
 
     async def produce() -> None:
-        deadline = asyncio.timeout(seconds_left(accepted.call))
-        try:
-            async with deadline, contextlib.aclosing(service.stream(accepted)) as events:
-                async for event in events:
-                    for frame in sse_frames(accepted, event):
-                        frames.put_nowait(frame)
-        except TimeoutError as error:
-            if not deadline.expired():
-                raise  # a timeout of something else
-            raise DeadlineError("the edit took too long and was given up") from error
+        async with accepted.in_time(), contextlib.aclosing(service.stream(accepted)) as events:
+            async for event in events:
+                for frame in sse_frames(accepted, event):
+                    frames.put_nowait(frame)
 
     def ended(task: asyncio.Task[None]) -> None:
         error = None if task.cancelled() else task.exception()
@@ -91,7 +84,7 @@ def sse_frames(accepted: AcceptedEdit, event: EditEvent | DeliveredEdit) -> list
                 partial_image_index=event.number,
                 created_at=int(time.time()),
                 size=f"{event.width}x{event.height}",
-                output_format=accepted.call.output_format,
+                output_format=accepted.call.options.output_format,
             )
         ]
     else:

@@ -1,9 +1,8 @@
-"""What edits, as the HTTP side sees it: a protocol, and what is asked of the stages for a call.
+"""What edits, as the HTTP side sees it: a protocol, and what a backend of two stages needs.
 
 `in_process.py` and `ray_backend.py` make one each. Knows neither HTTP nor Ray.
 """
 
-import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -12,7 +11,7 @@ from typing import Protocol
 from mgie.engine.handle import Stepped
 from serving.edits.call import EditCall
 from serving.errors import MixedVersionsError
-from serving.stages.messages import BundleInfo, Derived, Partial, RenderedEdit, RenderOptions, StageStats
+from serving.stages.messages import BundleInfo, Derived, Partial, RenderedEdit, StageStats
 
 READY_TIMEOUT_S = 5.0  # a stage that does not answer a question about itself within this is not ready
 
@@ -88,30 +87,6 @@ class EditBackend(Protocol):
     async def stats(self) -> ServiceStats:
         """Current figures."""
         ...
-
-
-def render_options(call: EditCall) -> RenderOptions:
-    """What the diffusion stage is asked for."""
-    return RenderOptions(
-        model=call.model,
-        seed=call.seed,
-        overrides=call.overrides,
-        n=call.n,
-        mask=call.mask,
-        deterministic=call.deterministic,
-        queue_delay_s=call.patience_s,
-        num_partials=call.num_partials,
-        output_format=call.output_format,
-        output_quality=call.output_quality,
-        output_wh=call.output_wh,
-        keeps_lossless=call.keeps_lossless,
-        trace=call.trace,
-    )
-
-
-def seconds_left(call: EditCall) -> float:
-    """Until its deadline. Clocks of machines differ: stages are told how long they have, not until when."""
-    return call.deadline - time.monotonic()
 
 
 def same_bundles(mllm: Sequence[BundleInfo], diffusion: Sequence[BundleInfo]) -> tuple[BundleInfo, ...]:

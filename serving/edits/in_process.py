@@ -3,18 +3,10 @@
 import contextlib
 from collections.abc import AsyncGenerator
 
-from serving.edits.backend import (
-    EditEvent,
-    EditOutcome,
-    OnDerived,
-    ServiceStats,
-    render_options,
-    same_bundles,
-    seconds_left,
-)
+from serving.edits.backend import EditEvent, EditOutcome, OnDerived, ServiceStats, same_bundles
 from serving.edits.call import EditCall
 from serving.stages.diffusion import DiffusionStage
-from serving.stages.messages import BundleInfo, Derived, RenderedEdit
+from serving.stages.messages import BundleInfo, RenderedEdit
 from serving.stages.mllm import MLLMStage
 
 
@@ -27,31 +19,21 @@ class InProcessBackend:
 
     async def edit(self, call: EditCall, *, on_derived: OnDerived = lambda: None) -> EditOutcome:
         """See `EditBackend`."""
-        derived = await self._derive(call)
+        derived = await self._mllm.derive(call.image, call.options, timeout_s=call.left_s)
         on_derived()
-        rendered = await self._diffusion.render(call.image, derived, render_options(call), timeout_s=seconds_left(call))
+        rendered = await self._diffusion.render(
+            call.image, derived, call.options, mask=call.mask, timeout_s=call.left_s
+        )
         return EditOutcome(derived=derived, rendered=rendered)
 
     async def stream(self, call: EditCall) -> AsyncGenerator[EditEvent, None]:
         """See `EditBackend`."""
-        derived = await self._derive(call)
+        derived = await self._mllm.derive(call.image, call.options, timeout_s=call.left_s)
         yield derived
-        events = self._diffusion.render_stream(call.image, derived, render_options(call), timeout_s=seconds_left(call))
+        events = self._diffusion.render_stream(call.image, derived, call.options, mask=call.mask, timeout_s=call.left_s)
         async with contextlib.aclosing(events):
             async for event in events:
                 yield EditOutcome(derived=derived, rendered=event) if isinstance(event, RenderedEdit) else event
-
-    async def _derive(self, call: EditCall) -> Derived:
-        return await self._mllm.derive(
-            call.image,
-            call.instruction,
-            call.expressive,
-            model=call.model,
-            deterministic=call.deterministic,
-            queue_delay_s=call.patience_s,
-            timeout_s=seconds_left(call),
-            trace=call.trace,
-        )
 
     def check_room(self) -> None:
         """See `EditBackend`. The stages say it themselves."""

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from serving.edits.backend import EditOutcome
-from serving.edits.call import EditCall
 from serving.edits.cancellation import owned_id
-from serving.errors import ArtifactMissingError, StoreError, UnknownPreviousError, quoted
+from serving.errors import NotFoundError, StoreError, quoted
+from serving.stages.messages import EditOptions
 from serving.storage.artifacts import Artifact, ArtifactStore, EditFacts
 
 logger = logging.getLogger("serving.edits.results")
@@ -50,27 +50,27 @@ class ResultStore:
         self._store = store
         self.keeps_all = keeps_all
 
-    async def keep(self, edit_id: str, call: EditCall, outcome: EditOutcome, *, owner: str = "") -> StoredResult:
-        """Keeps the results of an edit whose call has `keeps_lossless`; a repeated id stands for its last edit.
+    async def keep(self, edit_id: str, options: EditOptions, outcome: EditOutcome, *, owner: str = "") -> StoredResult:
+        """Keeps the results of an edit whose options have `keeps_lossless`; a repeated id stands for its last edit.
 
         Args:
             edit_id: Only together with the owner it names the edit: clients may choose it.
-            call: The edit.
+            options: The edit.
             outcome: What came of it.
             owner: Name of the API key, if there are any.
 
         Raises:
             StoreError: The store is in trouble.
         """
-        return await asyncio.to_thread(self._keep, _document_name(edit_id, owner), call, outcome)
+        return await asyncio.to_thread(self._keep, _document_name(edit_id, owner), options, outcome)
 
-    async def store(self, call: EditCall, outcome: EditOutcome, *, is_durable: bool = False) -> StoredResult:
+    async def store(self, options: EditOptions, outcome: EditOutcome, *, is_durable: bool = False) -> StoredResult:
         """The same without a name: nobody finds them but by the ids returned.
 
         Args:
             is_durable: See `ArtifactStore.put`.
         """
-        return await asyncio.to_thread(self._store_images, call, outcome, is_durable=is_durable)
+        return await asyncio.to_thread(self._store_images, options, outcome, is_durable=is_durable)
 
     async def previous(self, name: str, *, owner: str = "") -> bytes:
         """The PNG of an earlier result of the same owner.
@@ -80,7 +80,7 @@ class ResultStore:
             owner: As when it was kept.
 
         Raises:
-            UnknownPreviousError: It was not kept, or is not there any more.
+            NotFoundError: It was not kept, or is not there any more.
             StoreError: The store is in trouble.
         """
         return await asyncio.to_thread(self._previous, name, owner)
@@ -89,7 +89,7 @@ class ResultStore:
         """A file and its record.
 
         Raises:
-            ArtifactMissingError: There is none (any more).
+            NotFoundError: There is none (any more).
             StoreError: The store is in trouble.
         """
         return await asyncio.to_thread(self._store.read, artifact_id)
@@ -108,8 +108,8 @@ class ResultStore:
             except StoreError as error:
                 logger.warning("expired results could not be deleted: %s", error)
 
-    def _keep(self, name: str, call: EditCall, outcome: EditOutcome) -> StoredResult:
-        kept = self._store_images(call, outcome, is_durable=False)
+    def _keep(self, name: str, options: EditOptions, outcome: EditOutcome) -> StoredResult:
+        kept = self._store_images(options, outcome, is_durable=False)
         content = {"results": kept.lossless}
         if self._store.create("edit", name, content) is None:
             old = self._store.find("edit", name)
@@ -117,20 +117,20 @@ class ResultStore:
                 logger.warning("two edits with the same id were kept at once; one of them cannot be found by it")
         return kept
 
-    def _store_images(self, call: EditCall, outcome: EditOutcome, *, is_durable: bool) -> StoredResult:
+    def _store_images(self, options: EditOptions, outcome: EditOutcome, *, is_durable: bool) -> StoredResult:
         rendered, derived = outcome.rendered, outcome.derived
         files, lossless, expiries_s = [], [], []
         pngs: Sequence[bytes | None] = rendered.lossless or [None] * len(rendered.images)
         for i, (image, png) in enumerate(zip(rendered.images, pngs, strict=True)):
             facts = EditFacts(
-                seed=call.seed + i,
+                seed=options.seed + i,
                 settings=asdict(rendered.settings),
                 expressive=derived.expressive,
                 bundle=derived.bundle,
             )
             # Of a PNG both are the same.
             contents = {} if png is None else {"image/png": png}
-            contents[f"image/{call.output_format}"] = image
+            contents[f"image/{options.output_format}"] = image
             for content_type, data in contents.items():
                 artifact = self._store.put(
                     data,
@@ -161,11 +161,10 @@ class ResultStore:
             results = document.content["results"] if document else ()
             if number < len(results):
                 return self._store.read(results[number])[1]
-        except ArtifactMissingError:  # expired a moment before the document
+        except NotFoundError:  # expired a moment before the document
             pass
-        raise UnknownPreviousError(
-            f"previous is {quoted(name)}; no such result was kept, or it has expired", param="previous"
-        )
+        message = f"previous is {quoted(name)}; no such result was kept, or it has expired"
+        raise NotFoundError(message, param="previous", code="previous_not_found")
 
 
 def _document_name(edit_id: str, owner: str) -> str:

@@ -106,7 +106,7 @@ class CheckedBackend:
 
     async def _ask(self, call: EditCall, image: bytes, where: Where) -> None:
         # Words that a user puts into the model's mouth are the user's.
-        for instruction in (call.instruction, call.expressive):
+        for instruction in (call.options.instruction, call.options.expressive):
             if instruction is not None:
                 reason = await asyncio.to_thread(self._reason, image, instruction, where)
                 if reason is not None:

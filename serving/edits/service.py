@@ -6,20 +6,23 @@ Knows nothing of HTTP.
 import asyncio
 import contextlib
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 
 from mgie.config import ImageLimits
 from mgie.engine.handle import Stepped
-from mgie.errors import ImageTooLargeError
+from mgie.errors import DeadlineError, ImageTooLargeError
 from mgie.images.files import read_image
 from serving.access.keys import Caller
 from serving.access.limits import Charge, EditLimits, pixel_steps
+from serving.deadline import within
 from serving.edits.backend import EditBackend, EditEvent, EditOutcome
-from serving.edits.call import EditCall, edit_call
+from serving.edits.call import EditCall, edit_options
 from serving.edits.cancellation import Board, RunningEdits, owned_id
 from serving.edits.results import ResultStore
-from serving.errors import RequestError, UnknownModelError, quoted
+from serving.errors import NotFoundError, RequestError, quoted
 from serving.schema import MAX_SIDE_PX, MIN_SIDE_PX, EditForm, Priority
 from serving.stages.messages import BundleInfo
 from serving.telemetry.tracing import NO_SPANS, NO_TRACE, Spans, Trace
@@ -45,8 +48,12 @@ class AcceptedEdit:
 
     @property
     def owned_id(self) -> str:
-        """See `cancels.owned_id`."""
+        """See `cancellation.owned_id`."""
         return owned_id(self.id, self.owner)
+
+    def in_time(self) -> AbstractAsyncContextManager[None]:
+        """Around its work: raises DeadlineError when its time is over."""
+        return edit_deadline(self.call.deadline - self.started_s, self.started_s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +65,12 @@ class DeliveredEdit:
     "of the results, if addresses were asked for"
     kept_until: int | None = None
     "Unix time; None: the results were not kept"
+
+
+def edit_deadline(allowed_s: float, started_s: float) -> AbstractAsyncContextManager[None]:
+    """Raises DeadlineError when an edit that began at `started_s`, by `time.monotonic()`, takes longer than allowed."""
+    late = DeadlineError(f"the edit took longer than {allowed_s:g} s and was given up")
+    return within(started_s + allowed_s - time.monotonic(), late)
 
 
 class EditService:
@@ -120,7 +133,7 @@ class EditService:
             trace: To which the request belongs.
 
         Raises:
-            UnknownModelError: No bundle has that name; UnknownPreviousError: there is no such result.
+            NotFoundError: There is no such bundle or earlier result.
             RequestError: The size does not fit the photo, nothing is kept here, or it is more than may be asked for.
             LimitError: The key has not enough left.
             ImageError: The photo cannot be edited; found here only where its size matters.
@@ -138,20 +151,18 @@ class EditService:
                     raise RequestError(message, param=name, code="unsupported_value")
         image = await self._source(form, caller.key.name if caller else "")
         keeps_all = self._kept is not None and self._kept.keeps_all
-        call = edit_call(
+        options = edit_options(
             form,
             # Not by its name where there is no choice: a roll-out may replace the bundle by one of another name.
             model=bundle.name if len(self._models) > 1 else None,
-            image=image,
             output_wh=await self._output_wh(form, image, bundle),
             keeps_lossless=wants_urls or (keeps_all if form.keep is None else form.keep),
-            patience_s=self._batch_patience_s if priority == "batch" else 0.0,
-            deadline=deadline,
+            queue_delay_s=self._batch_patience_s if priority == "batch" else 0.0,
             trace=trace,
         )
         return AcceptedEdit(
             id=edit_id,
-            call=call,
+            call=EditCall(image=image, mask=form.mask, options=options, deadline=deadline),
             bundle=bundle,
             base_url=base_url if wants_urls else None,
             started_s=started_s,
@@ -162,21 +173,32 @@ class EditService:
 
     async def edit(self, accepted: AcceptedEdit) -> DeliveredEdit:
         """Edits, and keeps what is to be kept. Raises MGIEError: see the table in `api/responses.py`."""
-        with accepted.charge.settled(), self._spans.span("edit", accepted.call.trace) as span:
-            call = replace(accepted.call, trace=span.trace)
+        with accepted.charge.settled(), self._traced(accepted) as call:
             # The steps are not seen from here: an edit may have done them all as soon as they may have begun.
             outcome = await self._backend.edit(call, on_derived=accepted.charge.use)
             return await self._delivered(accepted, outcome)
 
     async def stream(self, accepted: AcceptedEdit) -> AsyncGenerator[EditEvent | DeliveredEdit, None]:
         """The same step by step; `DeliveredEdit` is last."""
-        with accepted.charge.settled(), self._spans.span("edit", accepted.call.trace) as span:
-            call = replace(accepted.call, trace=span.trace)
-            async with contextlib.aclosing(self._backend.stream(call)) as events:
+        with accepted.charge.settled():
+            async with contextlib.aclosing(self.events(accepted)) as events:
                 async for event in events:
                     if isinstance(event, Stepped):
                         accepted.charge.use(event.step / event.num_steps)
                     yield await self._delivered(accepted, event) if isinstance(event, EditOutcome) else event
+
+    async def events(self, accepted: AcceptedEdit) -> AsyncGenerator[EditEvent, None]:
+        """The same for who keeps the results in a way of its own: `EditOutcome` is last, and nobody is charged."""
+        with self._traced(accepted) as call:
+            async with contextlib.aclosing(self._backend.stream(call)) as events:
+                async for event in events:
+                    yield event
+
+    @contextlib.contextmanager
+    def _traced(self, accepted: AcceptedEdit) -> Iterator[EditCall]:
+        call = accepted.call
+        with self._spans.span("edit", call.options.trace) as span:
+            yield replace(call, options=replace(call.options, trace=span.trace))
 
     @contextlib.asynccontextmanager
     async def at_work(self) -> AsyncIterator[None]:
@@ -214,10 +236,11 @@ class EditService:
         return None if (width, height) == own_wh else (width, height)
 
     async def _delivered(self, accepted: AcceptedEdit, outcome: EditOutcome) -> DeliveredEdit:
-        if not accepted.call.keeps_lossless:
+        options = accepted.call.options
+        if not options.keeps_lossless:
             return DeliveredEdit(outcome=outcome)
         assert self._kept is not None
-        kept = await self._kept.keep(accepted.id, accepted.call, outcome, owner=accepted.owner)
+        kept = await self._kept.keep(accepted.id, options, outcome, owner=accepted.owner)
         base_url = accepted.base_url
         urls = [] if base_url is None else [self._kept.url(file, base_url) for file in kept.files]
         return DeliveredEdit(outcome=outcome, urls=urls, kept_until=kept.expires_s)
@@ -227,13 +250,13 @@ def named_bundle(bundles: Sequence[BundleInfo], name: str | None) -> BundleInfo:
     """The one that an edit asks for; without a name the default, which is the first.
 
     Raises:
-        UnknownModelError: None has that name.
+        NotFoundError: None has that name.
     """
     for bundle in bundles:
         if name in {None, bundle.name}:
             return bundle
     known = ", ".join(repr(bundle.name) for bundle in bundles)
-    raise UnknownModelError(f"model is {quoted(name)}; this service has {known}", param="model")
+    raise NotFoundError(f"model is {quoted(name)}; this service has {known}", param="model", code="model_not_found")
 
 
 def check_output_size(wh: tuple[int, int], own_wh: tuple[int, int], *, max_pixels: int, has_mask: bool) -> None:

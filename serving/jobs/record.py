@@ -10,14 +10,14 @@ from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter
 
 from serving.edits.call import EditCall
 from serving.schema import Priority
+from serving.stages.messages import EditOptions
 
 CLOCK_SKEW_S = 2.0  # by which clocks of replicas may differ: a lease that ran out is left alone so much longer
 
 Status = Literal["queued", "deriving", "rendering", "done", "failed", "cancelled"]
 Ending = Literal["done", "failed", "cancelled"]
 
-_CALL: TypeAdapter[EditCall] = TypeAdapter(EditCall)
-_NOT_STORED = {"image", "mask", "deadline"}  # artifacts of their own; a time of one process
+_OPTIONS: TypeAdapter[EditOptions] = TypeAdapter(EditOptions)
 
 
 class _Record(BaseModel):
@@ -46,7 +46,7 @@ class JobOrder(_Record):
     """What is to be done; never changes."""
 
     call: dict[str, JsonValue]
-    "fields of EditCall but the pictures and the deadline; the seed is among them, so that every run gives the same"
+    "fields of EditOptions; the seed is among them, so that every run gives the same"
     image: str
     "id of the artifact with the photo"
     mask: str | None
@@ -63,12 +63,12 @@ class JobOrder(_Record):
 
     def edit_call(self, *, image: bytes, mask: bytes | None, deadline: float) -> EditCall:
         """The edit; `deadline` is by `time.monotonic()`."""
-        return _CALL.validate_python(self.call | {"image": image, "mask": mask, "deadline": deadline})
+        return EditCall(image=image, mask=mask, options=_OPTIONS.validate_python(self.call), deadline=deadline)
 
 
-def stored_call(call: EditCall) -> dict[str, Any]:
+def stored_call(options: EditOptions) -> dict[str, Any]:
     """`JobOrder.call` of an edit."""
-    stored: dict[str, Any] = _CALL.dump_python(call, mode="json", exclude=_NOT_STORED)
+    stored: dict[str, Any] = _OPTIONS.dump_python(options, mode="json", by_alias=True)
     return stored
 
 

@@ -15,14 +15,14 @@ import secrets
 import time
 from bisect import bisect_left
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
 from mgie.engine.handle import Stepped
 from mgie.errors import DeadlineError, EngineFullError
-from serving.edits.backend import EditBackend, EditOutcome
-from serving.edits.call import EditCall
+from serving.deadline import within
+from serving.edits.backend import EditOutcome
 from serving.edits.results import ResultStore
 from serving.edits.service import AcceptedEdit, DeliveredEdit, EditService, named_bundle
 from serving.errors import CancelledEditError, JobFailedError, StoreError
@@ -30,9 +30,8 @@ from serving.jobs.deliveries import Deliverer
 from serving.jobs.record import JobRecord, Lease
 from serving.jobs.store import Job, JobStore, QueueEntry
 from serving.jobs.webhooks import WebhookSettings
-from serving.stages.messages import BundleInfo, Derived
+from serving.stages.messages import Derived
 from serving.telemetry.metrics import JOB_RETRIES, JOB_SECONDS, JOBS, JOBS_LINED_UP, Meter, unmetered
-from serving.telemetry.tracing import NO_SPANS, Spans
 
 HEARTBEATS_PER_LEASE = 4  # three may fail
 MAX_DELIVERIES = 8  # webhooks called at a time
@@ -107,28 +106,22 @@ class JobRunner:
 
     Args:
         jobs: Where they are.
-        backend: What edits.
-        service: Of the same backend; knows the models, and the edits that can be called off.
-        settings: See there.
-        teller: See there.
+        service: What edits; knows the models, and the edits that can be called off.
+        settings, wording: See there.
         meter: Takes figures.
-        spans: Of the edits.
     """
 
     def __init__(
         self,
         jobs: JobStore,
-        backend: EditBackend,
         service: EditService,
         *,
         settings: JobSettings,
         wording: ResultWording,
         meter: Meter = unmetered,
-        spans: Spans = NO_SPANS,
     ) -> None:
-        self._jobs, self._backend, self._service = jobs, backend, service
-        self._settings, self._wording = settings, wording
-        self._meter, self._spans = meter, spans
+        self._jobs, self._service, self._settings, self._wording = jobs, service, settings, wording
+        self._meter = meter
         self._kept = ResultStore(jobs.artifacts)
         self._deliverer = Deliverer(jobs, settings.webhooks, meter)
         self._wake = asyncio.Event()
@@ -332,40 +325,30 @@ class JobRunner:
         """The edit, whose images are not stored yet."""
         order = hold.job.record.order
         left_s = order.ends_s - self._jobs.now_s()
-        limit = asyncio.timeout(left_s)
-        try:
-            async with limit:
-                image, mask = await asyncio.to_thread(self._jobs.pictures, hold.job)
-                started_s = time.monotonic()
-                call = order.edit_call(image=image, mask=mask, deadline=started_s + left_s)
-                bundle = named_bundle(await self._service.models(), call.model)
-                with self._spans.span("edit", call.trace) as span:
-                    outcome = await self._followed(hold, replace(call, trace=span.trace), bundle)
-        except TimeoutError as error:
-            if not limit.expired():
-                raise  # a timeout of something else
-            raise _overdue(hold.job.record) from error
-        accepted = AcceptedEdit(id=hold.job.id, call=call, bundle=bundle, base_url=order.base_url, started_s=started_s)
+        async with within(left_s, _overdue(hold.job.record)):
+            image, mask = await asyncio.to_thread(self._jobs.pictures, hold.job)
+            started_s = time.monotonic()
+            call = order.edit_call(image=image, mask=mask, deadline=started_s + left_s)
+            bundle = named_bundle(await self._service.models(), call.options.model)
+            accepted = AcceptedEdit(
+                id=hold.job.id, call=call, bundle=bundle, base_url=order.base_url, started_s=started_s
+            )
+            outcome: EditOutcome | None = None
+            async with contextlib.aclosing(self._service.events(accepted)) as events:
+                async for event in events:
+                    if isinstance(event, Derived):
+                        hold.num_steps = dict(bundle.defaults, **call.options.overrides)["steps"]
+                        hold.has_news.set()
+                    elif isinstance(event, Stepped):
+                        hold.step, hold.num_steps = event.step, event.num_steps
+                    elif isinstance(event, EditOutcome):
+                        outcome = event
+        assert outcome is not None  # the last event of every backend
         return accepted, outcome
 
-    async def _followed(self, hold: _Hold, call: EditCall, bundle: BundleInfo) -> EditOutcome:
-        """The edit, while `hold` tells how far it is."""
-        outcome: EditOutcome | None = None
-        async with contextlib.aclosing(self._backend.stream(call)) as events:
-            async for event in events:
-                if isinstance(event, Derived):
-                    hold.num_steps = dict(bundle.defaults, **call.overrides)["steps"]
-                    hold.has_news.set()
-                elif isinstance(event, Stepped):
-                    hold.step, hold.num_steps = event.step, event.num_steps
-                elif isinstance(event, EditOutcome):
-                    outcome = event
-        assert outcome is not None  # the last event of every backend
-        return outcome
-
     async def _store(self, hold: _Hold, accepted: AcceptedEdit, outcome: EditOutcome) -> _Done:
-        stored = await self._kept.store(accepted.call, outcome, is_durable=True)
-        kept_until = self._jobs.expires_s(hold.job) if accepted.call.keeps_lossless else None
+        stored = await self._kept.store(accepted.call.options, outcome, is_durable=True)
+        kept_until = self._jobs.expires_s(hold.job) if accepted.call.options.keeps_lossless else None
         delivered = DeliveredEdit(outcome=outcome, urls=stored.files, kept_until=kept_until)
         return _Done(
             result=self._wording.result(accepted, delivered),

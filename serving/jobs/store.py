@@ -23,7 +23,7 @@ from mgie.images.files import detect_format, read_image, read_mask
 from mgie.images.geometry import Framing
 from mgie.images.masks import check_mask
 from serving.edits.call import EditCall
-from serving.errors import ArtifactMissingError, DamagedError, JobEndedError, JobMissingError, KeyReusedError
+from serving.errors import DamagedError, JobEndedError, KeyReusedError, NotFoundError
 from serving.jobs.record import JobOrder, JobRecord, Webhook, stored_call
 from serving.schema import EditForm, Priority
 from serving.storage.artifacts import Artifact, ArtifactStore, Document
@@ -128,7 +128,7 @@ class JobStore:
         mask = None if mask_wh is None or call.mask is None else self._put(call.mask, mask_wh)
         record = JobRecord(
             order=JobOrder(
-                call=stored_call(call),
+                call=stored_call(call.options),
                 image=image.id,
                 mask=None if mask is None else mask.id,
                 base_url=request.base_url,
@@ -207,18 +207,18 @@ class JobStore:
         """The same.
 
         Raises:
-            JobMissingError: There is none (any more).
+            NotFoundError: There is none (any more).
         """
         job = self.find(job_id)
         if job is None:
-            raise JobMissingError("there is no job of this id, or not any more")
+            raise NotFoundError("there is no job of this id, or not any more")
         return job
 
     def pictures(self, job: Job) -> tuple[bytes, bytes | None]:
         """The photo and the mask.
 
         Raises:
-            ArtifactMissingError: The job has ended.
+            NotFoundError: The job has ended.
         """
         order = job.record.order
         mask = None if order.mask is None else self.artifacts.read(order.mask)[1]
@@ -254,7 +254,7 @@ class JobStore:
         """Ends a job that has not ended; whoever runs it notices by itself, at the latest with its next heartbeat.
 
         Raises:
-            JobMissingError: There is none (any more).
+            NotFoundError: There is none (any more).
             JobEndedError: It has ended.
         """
         job = self.update(
@@ -294,13 +294,13 @@ class JobStore:
         for artifact_id in ids:
             try:
                 self.artifacts.delete(artifact_id)
-            except ArtifactMissingError:  # expired: the sweep takes it
+            except NotFoundError:  # expired: the sweep takes it
                 continue
 
     def _is_current(self, job_id: str) -> bool:
         try:
             self.artifacts.expiry_s(job_id)
-        except ArtifactMissingError:
+        except NotFoundError:
             return False
         return True
 

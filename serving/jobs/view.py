@@ -51,7 +51,7 @@ def view_job(
         has_files: With the results themselves, if they were asked for rather than addresses of them.
 
     Raises:
-        ArtifactMissingError: The job expired in this moment.
+        NotFoundError: The job expired in this moment.
         StoreError: The store is in trouble.
     """
     record = job.record

@@ -7,10 +7,9 @@ Serve calls `check_health` and `record_autoscaling_stats` by their names.
 """
 
 import asyncio
-import contextlib
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Generic, TypeVar
 
@@ -19,7 +18,7 @@ from PIL import Image
 from mgie.bundle.bundle import Bundle
 from mgie.bundle.resolve import locate_bundles
 from mgie.config import ImageLimits
-from mgie.errors import ConfigError, DeadlineError
+from mgie.errors import ConfigError
 from mgie.images.files import read_image
 from serving.stages.autoscaling import Work, WorkMeter
 from serving.stages.health import Monitoring
@@ -112,16 +111,3 @@ class Stage(ABC, Generic[ModelT]):
 
     async def _read(self, image: bytes) -> Image.Image:
         return await asyncio.to_thread(read_image, image, limits=self._limits)
-
-
-@contextlib.asynccontextmanager
-async def within(timeout_s: float | None, what: str) -> AsyncIterator[None]:
-    """Raises DeadlineError when the block takes longer."""
-    deadline = asyncio.timeout(timeout_s)
-    try:
-        async with deadline:
-            yield
-    except TimeoutError as error:
-        if not deadline.expired():
-            raise  # a timeout of something else
-        raise DeadlineError(f"{what} within {timeout_s:.1f} s; it was given up") from error

@@ -19,8 +19,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from mgie.errors import ConfigError
-from serving.errors import BatcherClosedError
+from mgie.errors import ClosedError, ConfigError
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -135,7 +134,7 @@ class GreedyBatcher(Generic[ItemT, ResultT]):
             is_urgent: It goes before all that wait.
 
         Raises:
-            BatcherClosedError: The batcher is closed.
+            ClosedError: The batcher is closed.
             Exception: Whatever `key` or `work` raised for this item.
         """
         now_s = time.monotonic()
@@ -143,7 +142,7 @@ class GreedyBatcher(Generic[ItemT, ResultT]):
         entry: _Entry[ItemT, ResultT] = _Entry(item=item, key=self._key(item), submitted_at=now_s, order=order)
         with self._changed:
             if self._is_closed:
-                raise BatcherClosedError("the batcher is closed")
+                raise ClosedError("the batcher is closed")
             bisect.insort(self._waiting, entry, key=lambda waiting: waiting.order)
             self._changed.notify()
         try:
@@ -186,7 +185,7 @@ class GreedyBatcher(Generic[ItemT, ResultT]):
             self._changed.notify()
         for entry in abandoned:
             if entry.future.set_running_or_notify_cancel():
-                entry.future.set_exception(BatcherClosedError("the batcher was closed before this item ran"))
+                entry.future.set_exception(ClosedError("the batcher was closed before this item ran"))
         if threading.current_thread() is not self._thread:
             self._thread.join()
 

@@ -15,15 +15,17 @@ from mgie.bundle.bundle import Bundle
 from mgie.config import SOFTWARE, ImageLimits
 from mgie.engine.engine import Engine
 from mgie.engine.handle import EditHandle, EngineStats, Previewed, StepDone, Stepped
+from mgie.errors import DeadlineError
 from mgie.images.files import EditMetadata, read_mask, write_image
 from mgie.images.geometry import resize
 from mgie.inference.conditioner import EditCondition
 from mgie.inference.renderer import Renderer, RenderRequest
+from serving.deadline import within
 from serving.errors import MixedVersionsError
 from serving.stages.autoscaling import Work
-from serving.stages.base import Stage, open_bundles, within
+from serving.stages.base import Stage, open_bundles
 from serving.stages.health import UNMONITORED, Health, Monitoring
-from serving.stages.messages import Derived, Partial, RenderedEdit, RenderOptions, StageStats
+from serving.stages.messages import Derived, EditOptions, Partial, RenderedEdit, StageStats
 from serving.stages.packing import unpack
 from serving.telemetry.metrics import (
     CANCELS,
@@ -37,8 +39,8 @@ from serving.telemetry.metrics import (
     Sample,
 )
 
-TRIAL_SIDE_PX = 32
-TRIAL_TOKENS = 77  # as the models' text encoders give
+PROBE_SIDE_PX = 32
+PROBE_TOKENS = 77  # as the models' text encoders give
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,15 +118,22 @@ class DiffusionStage(Stage[_Rendering]):
         )
 
     async def render(
-        self, image: bytes, derived: Derived, options: RenderOptions, *, timeout_s: float | None = None
+        self,
+        image: bytes,
+        derived: Derived,
+        options: EditOptions,
+        *,
+        mask: bytes | None = None,
+        timeout_s: float | None = None,
     ) -> RenderedEdit:
         """The edited images of one edit, encoded. Cancelling the call takes it out of the engine within a step.
 
         Args:
             image: Encoded photo, the same that the condition was derived from.
             derived: What the MLLM stage returned.
-            options: What to make of them.
-            timeout_s: When to give up; None = never.
+            options: The edit.
+            mask: PNG of the photo's size, transparent where it may be edited; None: everywhere.
+            timeout_s: When to give up; None: never.
 
         Raises:
             ImageError: The bytes are no image that can be edited; MaskError: the mask does not fit it.
@@ -134,14 +143,20 @@ class DiffusionStage(Stage[_Rendering]):
             EngineFullError: Too many edits wait.
             DeadlineError: The time ran out.
         """
-        async with self._submitted(image, derived, options, timeout_s) as (renderer, request, handle):
+        async with self._submitted(image, derived, options, mask, timeout_s) as (renderer, request, handle):
             return await self._rendered(renderer, request, handle, options)
 
     async def render_stream(
-        self, image: bytes, derived: Derived, options: RenderOptions, *, timeout_s: float | None = None
+        self,
+        image: bytes,
+        derived: Derived,
+        options: EditOptions,
+        *,
+        mask: bytes | None = None,
+        timeout_s: float | None = None,
     ) -> AsyncGenerator[Stepped | Partial | RenderedEdit, None]:
         """The same, and what happens on the way. Closing the iterator takes the edit out of the engine."""
-        async with self._submitted(image, derived, options, timeout_s) as (renderer, request, handle):
+        async with self._submitted(image, derived, options, mask, timeout_s) as (renderer, request, handle):
             async for event in handle.stream():
                 if isinstance(event, Stepped):
                     yield event
@@ -163,7 +178,7 @@ class DiffusionStage(Stage[_Rendering]):
     async def check_health(self) -> None:
         """Raises RuntimeError when an engine does not work; Ray Serve then replaces the replica.
 
-        Serve takes a new replica into service after its first check: the trial warms it up.
+        Serve takes a new replica into service after its first check: the probe warms it up.
         """
         dead = [name for name, one in self._pool.models().items() if not one.engine.is_alive()]
         # Looked up again: one that has just made room is closed on purpose.
@@ -201,7 +216,7 @@ class DiffusionStage(Stage[_Rendering]):
         self._closed_stats = [_together([*self._closed_stats, one.engine.stats()])]
 
     async def _rendered(
-        self, renderer: Renderer, request: RenderRequest, handle: EditHandle, options: RenderOptions
+        self, renderer: Renderer, request: RenderRequest, handle: EditHandle, options: EditOptions
     ) -> RenderedEdit:
         images = await asyncio.wrap_future(handle.result)
         self._meter(QUEUE_SECONDS, handle.run.waiting_s)
@@ -229,12 +244,12 @@ class DiffusionStage(Stage[_Rendering]):
 
     @contextlib.asynccontextmanager
     async def _submitted(
-        self, image: bytes, derived: Derived, options: RenderOptions, timeout_s: float | None
+        self, image: bytes, derived: Derived, options: EditOptions, mask: bytes | None, timeout_s: float | None
     ) -> AsyncIterator[tuple[Renderer, RenderRequest, EditHandle]]:
         """The edit in its engine; when the block ends it is out of it again."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         name = await self._named(options.model)
-        bundle, mask = self._bundles[name], options.mask
+        bundle = self._bundles[name]
         if derived.bundle != bundle.identity:
             raise MixedVersionsError(
                 f"the condition comes from bundle {derived.bundle}; this stage serves {bundle.identity}"
@@ -249,7 +264,8 @@ class DiffusionStage(Stage[_Rendering]):
         async with contextlib.AsyncExitStack() as held:
             span = held.enter_context(self._spans.span("render", options.trace))
             span.record(num_images=options.n, num_steps=request.settings.steps)
-            async with within(timeout_s, f"model {name!r} was not loaded"):
+            late = DeadlineError(f"model {name!r} was not loaded within {timeout_s} s; the edit was given up")
+            async with within(timeout_s, late):
                 one = await held.enter_async_context(self._pool.use(name))
             handle = one.engine.submit(
                 request,
@@ -265,12 +281,12 @@ class DiffusionStage(Stage[_Rendering]):
             run = handle.run
             span.record(queue_s=run.waiting_s, denoise_s=run.denoise_s, mean_batch_size=run.mean_batch_size)
 
-    async def _encoded(self, images: Sequence[Image.Image], options: RenderOptions) -> list[bytes]:
+    async def _encoded(self, images: Sequence[Image.Image], options: EditOptions) -> list[bytes]:
         return [
             await asyncio.to_thread(self._encode, image, options, options.seed + i) for i, image in enumerate(images)
         ]
 
-    def _encode(self, image: Image.Image, options: RenderOptions, seed: int) -> bytes:
+    def _encode(self, image: Image.Image, options: EditOptions, seed: int) -> bytes:
         # OpenAI counts from 0, the encoders from 1.
         quality = None if options.output_quality is None else max(1, options.output_quality)
         identity = self._bundles[options.model or self._default].identity
@@ -280,7 +296,7 @@ class DiffusionStage(Stage[_Rendering]):
 
 async def _probe(engine: Engine, renderer: Renderer, bundle: Bundle) -> None:
     """One edit of one step, of a blank photo with a blank condition."""
-    blank = torch.zeros(TRIAL_TOKENS, renderer.condition_dim)
+    blank = torch.zeros(PROBE_TOKENS, renderer.condition_dim)
     edit_condition = EditCondition(
         expressive="",
         condition=blank,
@@ -292,7 +308,7 @@ async def _probe(engine: Engine, renderer: Renderer, bundle: Bundle) -> None:
         bundle=bundle.identity,
     )
     request = RenderRequest(
-        image=Image.new("RGB", (TRIAL_SIDE_PX, TRIAL_SIDE_PX)),
+        image=Image.new("RGB", (PROBE_SIDE_PX, PROBE_SIDE_PX)),
         edit_condition=edit_condition,
         settings=bundle.config.defaults.override(steps=1),
         seed=0,

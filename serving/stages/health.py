@@ -3,11 +3,11 @@
 Knows nothing of models, Ray or HTTP.
 """
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from serving.deadline import within
 from serving.telemetry.metrics import Meter, unmetered
 
 
@@ -48,21 +48,21 @@ class Health:
             RuntimeError: It does not.
         """
         if self._hangs:
-            raise RuntimeError("the model has done nothing since a trial of it hung")
+            raise RuntimeError("the model has done nothing since a probe of it hung")
         started_s = self._clock()
         if self._worked_s is not None and started_s - self._worked_s < self._period_s:
             return
-        deadline = asyncio.timeout(self._timeout_s)
+        hung = RuntimeError(f"a probe of the model was not done within {self._timeout_s:g} s")
         try:
-            async with deadline:
+            async with within(self._timeout_s, hung):
                 await self._probe()
         except Exception as error:  # whatever a model raises
-            if isinstance(error, TimeoutError) and deadline.expired():
-                if self._worked_s is not None and self._worked_s > started_s:
-                    return  # it is slow, and works
-                self._hangs = True
-                raise RuntimeError(f"a trial of the model was not done within {self._timeout_s:g} s") from error
-            raise RuntimeError(f"a trial of the model failed: {error}") from error
+            if error is not hung:
+                raise RuntimeError(f"a probe of the model failed: {error}") from error
+            if self._worked_s is not None and self._worked_s > started_s:
+                return  # it is slow, and works
+            self._hangs = True
+            raise
         self.note_work()
 
 

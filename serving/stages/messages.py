@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from mgie.config import EditSettings
 from mgie.engine.handle import EditRun, EngineStats
 from mgie.images.files import OutputFormat
 from mgie.inference.condition_cache import ConditionCacheStats
+from mgie.inference.words import DerivedWords
 from serving.stages.batcher import BatcherStats, BatchRun
 from serving.telemetry.tracing import Trace
 
@@ -23,21 +26,9 @@ class PackedTensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Derived:
-    """What the MLLM stage hands on: the fields of an `EditCondition`, and how it came to be."""
+class Derived(DerivedWords):
+    """What the MLLM stage hands on: an `EditCondition` whose tensors are bytes, and how it came to be."""
 
-    expressive: str
-    "the expressive instruction; empty where the model wrote none"
-    used_fallback: bool
-    "the model gave no usable visual tokens, so states of other tokens stand in: the edit may ignore the words"
-    prompt_tokens: int
-    "text tokens of the prompt"
-    image_tokens: int
-    "image features in the prompt"
-    output_tokens: int
-    "tokens generated"
-    bundle: str
-    "identity of the bundle that derived it"
     condition: PackedTensor
     "conditioning of the UNet, [Q, C]"
     null_condition: PackedTensor
@@ -49,34 +40,36 @@ class Derived:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RenderOptions:
-    """What the diffusion stage is asked to do."""
+class EditOptions:
+    """All that both stages are asked of an edit, beside its pictures; the record of a job holds the same."""
 
     model: str | None = None
-    "name of the bundle; None = the default"
-    seed: int
-    "of the first image; image i has seed + i"
+    "name of the bundle; None: the default"
+    instruction: str
+    "the user's words"
+    expressive: str | None = None
+    "expressive instruction that the user gives; None: it is derived"
     overrides: Mapping[str, Any] = field(default_factory=dict)
     "settings that differ from the bundle's defaults, by field name of EditSettings"
+    seed: int
+    "seed of the first image; image i has seed + i"
     n: int = 1
     "images, 1 to 10"
-    mask: bytes | None = None
-    "PNG of the photo's size, transparent where it may be edited; None = everywhere"
     deterministic: bool = False
-    "the same bits on this machine whoever shares the engine"
-    queue_delay_s: float = 0.0
-    "in line it lets those pass that come so much later, and nobody after them"
+    "the same bits on this machine whoever shares the batches"
     num_partials: int = 0
     "pictures of the first image on its way; only a stream shows them"
     output_format: OutputFormat = "png"
     output_quality: int | None = None
-    "0 to 100 for jpeg and webp; None for the default"
+    "0 to 100 for jpeg and webp; None: the default"
     output_wh: tuple[int, int] | None = None
-    "size that the results are scaled to; None = the photo's"
+    "size that the results are scaled to; None: the photo's"
     keeps_lossless: bool = False
-    "return the results as PNG, too"
+    "make the results as PNG, too, and keep them"
+    queue_delay_s: Annotated[float, Field(alias="patience_s")] = 0.0  # its name in the records of jobs
+    "in each line it lets those pass that come so much later, and nobody after them"
     trace: Trace = field(default_factory=dict)
-    "to which the call belongs"
+    "trace to which the edit belongs"
 
 
 @dataclass(frozen=True, kw_only=True)

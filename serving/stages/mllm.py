@@ -12,19 +12,20 @@ import torch
 from PIL import Image
 
 from mgie.config import ImageLimits
+from mgie.errors import DeadlineError
 from mgie.inference.condition_cache import DEFAULT_CACHE_BYTES, ConditionCache, condition_key
 from mgie.inference.conditioner import Conditioner, EditCondition, EditRequest
+from serving.deadline import within
 from serving.stages.autoscaling import Work
-from serving.stages.base import Stage, open_bundles, within
+from serving.stages.base import Stage, open_bundles
 from serving.stages.batcher import BatchRun, GreedyBatcher
 from serving.stages.health import UNMONITORED, Monitoring
-from serving.stages.messages import Derived, StageStats
+from serving.stages.messages import Derived, EditOptions, StageStats
 from serving.stages.packing import pack
 from serving.telemetry.metrics import CACHE_REQUESTS, CANCELS, DERIVE_SECONDS, QUEUE_SECONDS, RUNNING, WAITING, Sample
-from serving.telemetry.tracing import NO_TRACE, Trace
 
-TRIAL_SIDE_PX = 32
-TRIAL_WORDS = "make it brighter"
+PROBE_SIDE_PX = 32
+PROBE_WORDS = "make it brighter"
 
 _OUTPUT_AVERAGED = 20  # edits, over which the length of what the MLLM writes is averaged
 _LENGTH_TOKENS = 32  # prompts are batched by length in such steps: that much padding costs less than one more batch
@@ -93,29 +94,14 @@ class MLLMStage(Stage[Conditioner]):
         )
         self._health = monitoring.health(self._probe)
 
-    async def derive(
-        self,
-        image: bytes,
-        instruction: str,
-        expressive: str | None = None,
-        *,
-        model: str | None = None,
-        deterministic: bool = False,
-        queue_delay_s: float = 0.0,
-        timeout_s: float | None = None,
-        trace: Trace = NO_TRACE,
-    ) -> Derived:
+    async def derive(self, image: bytes, options: EditOptions, *, timeout_s: float | None = None) -> Derived:
         """The condition of one edit. Cancelling the call takes it out of a running batch within a token.
 
         Args:
             image: Encoded photo.
-            instruction: The user's words.
-            expressive: The expressive instruction, if the user gives it; its condition is not kept.
-            model: Name of the bundle; None = the default.
-            deterministic: In a batch of its own: others in it would show in the last bits.
-            queue_delay_s: In line it lets those pass that come so much later, and nobody after them.
-            timeout_s: When to give up; None = never.
-            trace: To which the call belongs.
+            options: The edit. The condition of a given expressive instruction is not kept; what is deterministic has a
+                batch of its own, for others in it would show in the last bits.
+            timeout_s: When to give up; None: never.
 
         Raises:
             ImageError: The bytes are no image that can be edited.
@@ -124,37 +110,41 @@ class MLLMStage(Stage[Conditioner]):
             DeadlineError: The time ran out.
         """
         run: BatchRun | None = None
-        name = await self._named(model)
+        name, is_written = await self._named(options.model), options.expressive is None
         identity = self._bundles[name].identity
 
         async def derive() -> EditCondition:
             nonlocal run
-            request = EditRequest(image=await self._read(image), instruction=instruction, expressive=expressive)
+            request = EditRequest(
+                image=await self._read(image), instruction=options.instruction, expressive=options.expressive
+            )
             async with self._pool.use(name) as conditioner:
                 num_tokens = await asyncio.to_thread(conditioner.num_prompt_tokens, request)
                 # One forward pass reads a given text, many write one: together, the short would wait for the long.
-                kind = "generated" if expressive is None else "given"
-                alone = (next(self._numbers),) if deterministic else ()
+                kind = "generated" if is_written else "given"
+                alone = (next(self._numbers),) if options.deterministic else ()
                 key = (identity, kind, num_tokens // _LENGTH_TOKENS, *alone)
-                with self._counted(num_tokens + (self._output_tokens if expressive is None else 0.0)):
+                with self._counted(num_tokens + (self._output_tokens if is_written else 0.0)):
                     batched = await self._worker.submit(
-                        _Derivation(request=request, conditioner=conditioner, key=key), queue_delay_s=queue_delay_s
+                        _Derivation(request=request, conditioner=conditioner, key=key),
+                        queue_delay_s=options.queue_delay_s,
                     )
             run = batched.run
-            self._note(batched.result, run, is_written=expressive is None)
+            self._note(batched.result, run, is_written=is_written)
             return batched.result
 
-        with self._spans.span("derive", trace) as span:
-            async with within(timeout_s, "the condition was not derived"):
-                if expressive is None:
+        with self._spans.span("derive", options.trace) as span:
+            late = DeadlineError(f"the condition was not derived within {timeout_s} s; the edit was given up")
+            async with within(timeout_s, late):
+                if is_written:
                     key = await asyncio.to_thread(
                         condition_key,
                         image,
-                        instruction,
+                        options.instruction,
                         expressive=None,
                         generation=None,
                         bundle=identity,
-                        is_alone=deterministic,
+                        is_alone=options.deterministic,
                     )
                     edit_condition = await self._cache.get(key, derive)
                 else:
@@ -181,7 +171,7 @@ class MLLMStage(Stage[Conditioner]):
     async def check_health(self) -> None:
         """Raises RuntimeError when the model does not work; Ray Serve then replaces the replica.
 
-        Serve takes a new replica into service after its first check: the trial warms it up.
+        Serve takes a new replica into service after its first check: the probe warms it up.
         """
         if not self._worker.is_alive():
             raise RuntimeError("the worker thread of MLLMStage has ended")
@@ -214,13 +204,13 @@ class MLLMStage(Stage[Conditioner]):
         if not models:  # the only one is being replaced
             return
         request = EditRequest(
-            image=Image.new("RGB", (TRIAL_SIDE_PX, TRIAL_SIDE_PX)),
-            instruction=TRIAL_WORDS,
-            expressive=TRIAL_WORDS if self._is_warm else None,
+            image=Image.new("RGB", (PROBE_SIDE_PX, PROBE_SIDE_PX)),
+            instruction=PROBE_WORDS,
+            expressive=PROBE_WORDS if self._is_warm else None,
         )
         *_, conditioner = models.values()
         await self._worker.submit(
-            _Derivation(request=request, conditioner=conditioner, key=("trial", next(self._numbers))), is_urgent=True
+            _Derivation(request=request, conditioner=conditioner, key=("probe", next(self._numbers))), is_urgent=True
         )
         self._is_warm = True
 

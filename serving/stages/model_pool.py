@@ -17,8 +17,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from mgie.errors import ConfigError
-from serving.errors import ModelUnavailableError, PoolClosedError
+from mgie.errors import ClosedError, ConfigError
+from serving.errors import ModelUnavailableError
 
 ModelT = TypeVar("ModelT")
 
@@ -69,12 +69,12 @@ class ModelPool(Generic[ModelT]):
 
         Raises:
             ModelUnavailableError: It cannot be loaded. The next who wants it tries again.
-            PoolClosedError: The pool is closed.
+            ClosedError: The pool is closed.
         """
         waiter: _Waiter[ModelT] = _Waiter(name=name)
         with self._lock:
             if self._is_closed:
-                raise PoolClosedError("the pool is closed")
+                raise ClosedError("the pool is closed")
             self._waiters.append(waiter)
             self._settle()
         try:
@@ -117,7 +117,7 @@ class ModelPool(Generic[ModelT]):
             self._waiters = []
         for waiter in waiters:
             if waiter.slot.set_running_or_notify_cancel():
-                waiter.slot.set_exception(PoolClosedError("the pool was closed"))
+                waiter.slot.set_exception(ClosedError("the pool was closed"))
         for slot in slots:
             with contextlib.suppress(ModelUnavailableError):
                 self._close(slot.loaded.result())

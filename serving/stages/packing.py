@@ -1,9 +1,13 @@
 """Conditions as records that travel: tensors become bytes, so that the ingress, which only passes them on, needs no torch."""
 
+from dataclasses import fields
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mgie.inference.conditioner import EditCondition
+from mgie.inference.words import DerivedWords
 from serving.stages.batcher import BatchRun
 from serving.stages.messages import Derived, PackedTensor
 
@@ -11,12 +15,7 @@ from serving.stages.messages import Derived, PackedTensor
 def pack(condition: EditCondition, *, replica: str, run: BatchRun | None) -> Derived:
     """What the MLLM stage hands on of a condition."""
     return Derived(
-        expressive=condition.expressive,
-        used_fallback=condition.used_fallback,
-        prompt_tokens=condition.prompt_tokens,
-        image_tokens=condition.image_tokens,
-        output_tokens=condition.output_tokens,
-        bundle=condition.bundle,
+        **_words(condition),
         condition=_packed(condition.condition),
         null_condition=_packed(condition.null_condition),
         replica=replica,
@@ -27,15 +26,14 @@ def pack(condition: EditCondition, *, replica: str, run: BatchRun | None) -> Der
 def unpack(derived: Derived) -> EditCondition:
     """The condition that was packed, on the CPU, bit by bit."""
     return EditCondition(
-        expressive=derived.expressive,
-        used_fallback=derived.used_fallback,
-        prompt_tokens=derived.prompt_tokens,
-        image_tokens=derived.image_tokens,
-        output_tokens=derived.output_tokens,
-        bundle=derived.bundle,
+        **_words(derived),
         condition=_unpacked(derived.condition),
         null_condition=_unpacked(derived.null_condition),
     )
+
+
+def _words(one: DerivedWords) -> dict[str, Any]:
+    return {each.name: getattr(one, each.name) for each in fields(DerivedWords)}
 
 
 def _packed(tensor: Tensor) -> PackedTensor:

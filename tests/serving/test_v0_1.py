@@ -17,7 +17,7 @@ from mgie.config import ImageLimits
 from mgie.images.files import read_image
 from serving.edits.in_process import InProcessBackend
 from serving.edits.results import ResultStore
-from serving.errors import DamagedError, UnknownPreviousError
+from serving.errors import DamagedError, NotFoundError
 from serving.jobs.record import Lease
 from serving.jobs.store import JobStore
 from serving.stages.diffusion import DiffusionStage
@@ -76,7 +76,7 @@ def test_the_records_of_jobs_say_what_they_said(replicas: Replicas) -> None:
     photo, mask = jobs.pictures(jobs.get(QUEUED))
     assert photo == (DATA / "job_request" / "photo.png").read_bytes()
     assert mask == (DATA / "job_request" / "mask.png").read_bytes()
-    call = queued.order.edit_call(image=photo, mask=mask, deadline=0.0)
+    call = queued.order.edit_call(image=photo, mask=mask, deadline=0.0).options
     assert (call.instruction, call.seed, call.overrides) == ("remove the house", 13, {"steps": 3})
     assert (call.deterministic, call.keeps_lossless, call.output_format) == (True, True, "png")
 
@@ -158,7 +158,7 @@ def test_a_kept_result_says_how_it_came_about_until_it_expires(replicas: Replica
         "detail_transfer": False,
     }
     replicas.clock.now_s = WRITTEN_S + 4001
-    with pytest.raises(UnknownPreviousError):
+    with pytest.raises(NotFoundError):
         asyncio.run(ResultStore(replicas.artifacts()).previous("kept-of-v0-1"))
 
 

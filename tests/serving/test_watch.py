@@ -17,9 +17,9 @@ from serving.api.routes import EDITS_PATH, build_api
 from serving.edits.in_process import InProcessBackend
 from serving.stages.diffusion import DiffusionStage
 from serving.stages.health import Monitoring
-from serving.stages.messages import RenderOptions
 from serving.stages.mllm import MLLMStage
 from serving.telemetry.tracing import NO_SPANS, Spans, open_spans
+from tests.serving.asking import ask
 from tests.serving.figures import Figures
 
 pytestmark = pytest.mark.slow
@@ -97,7 +97,7 @@ def test_the_first_check_warms_both_stages_up_and_counts_as_no_edit(
         return (await mllm.stats()).work, (await diffusion.stats()).work
 
     derived, rendered = asyncio.run(main())
-    assert (derived.num_batches, rendered.num_steps) == (1, 1)  # the second checks needed no trial
+    assert (derived.num_batches, rendered.num_steps) == (1, 1)  # the second checks needed no probe
     assert (rendered.num_done, rendered.work_done) == (0, 0)
     assert figures.of("derive_seconds") == []
 
@@ -109,8 +109,8 @@ def test_the_stages_tell_what_an_edit_took(
 
     async def main() -> list[dict[str, float]]:
         for _ in range(2):
-            derived = await mllm.derive(photo(), "p")
-        await diffusion.render(photo(), derived, RenderOptions(seed=1, n=2, overrides={"steps": 5}))
+            derived = await mllm.derive(photo(), ask("p"))
+        await diffusion.render(photo(), derived, ask(n=2, overrides={"steps": 5}))
         return [await stage.record_autoscaling_stats() for stage in watched]
 
     tokens, pixel_steps = asyncio.run(main())
@@ -132,10 +132,10 @@ def test_work_that_was_called_off_is_left_no_longer(watched: tuple[MLLMStage, Di
     mllm, diffusion = watched
 
     async def main() -> None:
-        derived = await mllm.derive(photo(), "p")
-        long = RenderOptions(seed=1, overrides={"steps": 1000})
+        derived = await mllm.derive(photo(), ask("p"))
+        long = ask(overrides={"steps": 1000})
         tasks = [
-            asyncio.create_task(mllm.derive(photo(seed=1), "make it much darker")),
+            asyncio.create_task(mllm.derive(photo(seed=1), ask("make it much darker"))),
             asyncio.create_task(diffusion.render(photo(), derived, long)),
         ]
         for stage in watched:
@@ -231,7 +231,7 @@ def test_a_trace_goes_from_the_client_through_the_ingress_to_both_stages(
             headers={"traceparent": f"00-{trace_id}-{parent_id}-01"},
         )
     with pytest.raises(PromptError):
-        asyncio.run(watched[0].derive(photo(), " ", trace={"traceparent": f"00-{trace_id}-{parent_id}-01"}))
+        asyncio.run(watched[0].derive(photo(), ask(" ", trace={"traceparent": f"00-{trace_id}-{parent_id}-01"})))
     spans.flush()
     done = exporter.get_finished_spans()
     assert sorted(span.name for span in done) == ["derive"] * 3 + ["edit"] * 2 + ["render"] * 2

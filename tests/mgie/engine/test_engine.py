@@ -21,7 +21,7 @@ from mgie.bundle.bundle import Bundle
 from mgie.config import EditSettings
 from mgie.engine.engine import Engine
 from mgie.engine.handle import Done, EditHandle, Failed, Started, StepDone, Stepped
-from mgie.errors import ConfigError, DeadlineError, EngineClosedError, EngineFullError, ImageError, RenderError
+from mgie.errors import ClosedError, ConfigError, DeadlineError, EngineFullError, ImageError, RenderError
 from mgie.inference.conditioner import EditCondition
 from mgie.inference.renderer import Renderer, RenderRequest
 from mgie.model.guidance import Denoiser
@@ -478,11 +478,11 @@ def test_an_engine_whose_thread_is_lost_says_so_and_keeps_nobody_waiting(
 
     engine._synchronize = lose_the_device
     renderer.denoiser.open()
-    with pytest.raises(EngineClosedError):
+    with pytest.raises(ClosedError):
         images(handle)
     engine._stepper.join(WAIT_S)
     assert not engine.is_alive()
-    with pytest.raises(EngineClosedError):
+    with pytest.raises(ClosedError):
         engine.submit(request(1))
 
 
@@ -493,7 +493,7 @@ def test_closing_fails_what_is_not_done(renderer: Renderer, start: Callable[...,
     renderer.denoiser.let()
     engine.close()
     for handle in handles:
-        with pytest.raises(EngineClosedError):
+        with pytest.raises(ClosedError):
             images(handle)
     assert len(renderer.denoiser.calls) <= 2
     assert_empty(engine)

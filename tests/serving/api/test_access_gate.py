@@ -321,7 +321,7 @@ def test_the_priority_of_a_key_reaches_the_stages(
     client = make(backend=Seen(mllm, diffusion), keys=ring, batch_patience_s=7.0)
     for name in ("alice", "bob"):
         assert send(client, photo(), name).status_code == 200
-    assert [call.patience_s for call in calls] == [0.0, 7.0]
+    assert [call.options.queue_delay_s for call in calls] == [0.0, 7.0]
 
 
 def test_keys_do_not_reach_each_others_edits(make: Callable[..., TestClient], photo: Photo) -> None:

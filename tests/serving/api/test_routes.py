@@ -32,7 +32,8 @@ from mgie.errors import (
 from mgie.images.files import read_image, read_metadata
 from serving.api.responses import ANSWERS, answer_error
 from serving.api.routes import build_api
-from serving.edits.call import edit_call
+from serving.edits.backend import EditOutcome, OnDerived
+from serving.edits.call import EditCall, edit_options
 from serving.edits.in_process import InProcessBackend
 from serving.errors import RequestError
 from serving.schema import EditForm
@@ -401,19 +402,26 @@ def test_an_edit_whose_client_goes_away_leaves_the_engine(
     stage.close()
 
 
-def test_a_fault_of_ours_is_a_500_without_internals(
-    random_bundle: Path, diffusion: DiffusionStage, photo: Photo, caplog: pytest.LogCaptureFixture
+def test_a_fault_of_ours_is_told_without_internals(
+    random_bundle: Path, mllm: MLLMStage, diffusion: DiffusionStage, photo: Photo, caplog: pytest.LogCaptureFixture
 ) -> None:
-    broken = MLLMStage(str(random_bundle), device="cpu")
-    broken.close()
-    client = TestClient(build_api(InProcessBackend(broken, diffusion), timeout_s=60), raise_server_exceptions=False)
-    response = send(client, photo(), prompt="p")
-    error = error_of(response)
-    assert (response.status_code, error["type"]) == (500, "server_error")
-    assert "batcher" not in response.text
-    assert "Traceback" not in response.text
-    assert "the pool is closed" in caplog.text  # the operator does see it
-    assert f"request {response.headers['x-request-id']} failed" in caplog.text
+    class Faulty(InProcessBackend):
+        async def edit(self, call: EditCall, *, on_derived: OnDerived = lambda: None) -> EditOutcome:
+            raise ValueError("canary")
+
+    stopped = MLLMStage(str(random_bundle), device="cpu")
+    stopped.close()
+    for backend, status, reason in (
+        (Faulty(mllm, diffusion), 500, "canary"),
+        (InProcessBackend(stopped, diffusion), 503, "the pool is closed"),
+    ):
+        client = TestClient(build_api(backend, timeout_s=60), raise_server_exceptions=False)
+        response = send(client, photo(), prompt="p")
+        assert (response.status_code, error_of(response)["type"]) == (status, "server_error")
+        assert reason not in response.text
+        assert "Traceback" not in response.text
+        assert reason in caplog.text  # the operator does see it
+        assert f"request {response.headers['x-request-id']} failed" in caplog.text
 
 
 def test_stages_of_different_bundles_are_not_ready(mllm: MLLMStage, renamed_bundle: Path, photo: Photo) -> None:
@@ -481,7 +489,7 @@ def test_concurrent_edits_share_batches_and_say_so(mllm: MLLMStage, diffusion: D
     async def main() -> list[float]:
         outcomes = await asyncio.gather(
             *(
-                backend.edit(edit_call(form, model="random", image=form.image or b"", deadline=math.inf))
+                backend.edit(EditCall(image=form.image or b"", options=edit_options(form), deadline=math.inf))
                 for form in forms
             )
         )

@@ -55,7 +55,7 @@ class Failing:
         self.num_calls += 1
         if self.errors:
             raise self.errors.pop(0)
-        self.seeds.append(call.seed)
+        self.seeds.append(call.options.seed)
         self.num_open += 1
         self.most_open = max(self.most_open, self.num_open)
         try:

@@ -2,29 +2,27 @@
 
 from serving.edits.call import EditCall
 from serving.jobs.record import CLOCK_SKEW_S, JobOrder, JobRecord, Lease, stored_call
+from serving.stages.messages import EditOptions
 
-CALL = EditCall(
+OPTIONS = EditOptions(
     model="m",
-    image=b"image",
     instruction="make it night",
     expressive=None,
     overrides={"steps": 3, "guidance_scale": 4.0},
     seed=2**40,
     n=2,
-    mask=b"mask",
     deterministic=True,
     num_partials=0,
     output_format="webp",
     output_quality=80,
     output_wh=(64, 48),
     keeps_lossless=True,
-    deadline=5.0,
 )
 
 
 def record(**changes: object) -> JobRecord:
     order = JobOrder(
-        call=stored_call(CALL),
+        call=stored_call(OPTIONS),
         image="i",
         mask="m",
         base_url="http://here",
@@ -40,7 +38,9 @@ def record(**changes: object) -> JobRecord:
 def test_the_edit_of_a_job_survives_the_store() -> None:
     stored = JobRecord.model_validate_json(record().model_dump_json())
     assert stored == record()
-    assert stored.order.edit_call(image=b"image", mask=b"mask", deadline=5.0) == CALL
+    assert stored.order.edit_call(image=b"image", mask=b"mask", deadline=5.0) == EditCall(
+        image=b"image", mask=b"mask", options=OPTIONS, deadline=5.0
+    )
     assert b"image" not in record().model_dump_json().encode().split(b'"call"')[1].split(b'"image":"i"')[0]
 
 

@@ -14,7 +14,7 @@ from mgie.errors import DeadlineError, EngineFullError, PromptError
 from serving.edits.cancellation import SETTLE_S, CancelBoard
 from serving.edits.in_process import InProcessBackend
 from serving.edits.results import ResultStore
-from serving.errors import ArtifactMissingError, ModelUnavailableError, StageUnavailableError, StoreError
+from serving.errors import ModelUnavailableError, NotFoundError, StageUnavailableError, StoreError
 from serving.jobs.record import CLOCK_SKEW_S, Lease
 from serving.stages.diffusion import DiffusionStage
 from serving.stages.mllm import MLLMStage
@@ -421,7 +421,7 @@ def test_more_jobs_than_may_wait_are_refused(replicas: Replicas, small: bytes) -
     assert "at most 2 may be" in refused.json()["error"]["message"]
     for job_id in reversed(ids):
         here.request("DELETE", f"/v1/edits/{job_id}")
-    with pytest.raises(ArtifactMissingError):
+    with pytest.raises(NotFoundError):
         replicas.jobs().pictures(replicas.jobs().get(ids[0]))
 
 
@@ -431,5 +431,5 @@ def test_the_photo_of_a_cancelled_job_is_gone(replicas: Replicas, small: bytes) 
     read: Callable[[], object] = partial(replicas.jobs().pictures, replicas.jobs().get(job_id))
     read()
     here.request("DELETE", f"/v1/edits/{job_id}")
-    with pytest.raises(ArtifactMissingError):
+    with pytest.raises(NotFoundError):
         read()

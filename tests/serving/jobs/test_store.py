@@ -11,8 +11,8 @@ import pytest
 
 from mgie.config import ImageLimits
 from mgie.errors import ImageError, ImageTooLargeError, MaskError
-from serving.edits.call import edit_call
-from serving.errors import ArtifactMissingError, JobEndedError, JobMissingError, KeyReusedError
+from serving.edits.call import EditCall, edit_options
+from serving.errors import JobEndedError, KeyReusedError, NotFoundError
 from serving.jobs.record import JobRecord, Lease
 from serving.jobs.store import HEAD_START_S, Job, JobRequest, JobStore, QueueEntry, form_digest
 from serving.schema import EditForm
@@ -64,7 +64,7 @@ def ask(small: bytes) -> Callable[..., JobRequest]:
     def make(*, image: bytes = small, mask: bytes | None = None, prompt: str = "p", **changes: Any) -> JobRequest:
         form = EditForm(image=image, mask=mask, prompt=prompt, seed=1, steps=1)
         request = JobRequest(
-            call=edit_call(form, model="random", image=image, deadline=0.0),
+            call=EditCall(image=image, mask=mask, options=edit_options(form, model="random"), deadline=0.0),
             square_crop=False,
             base_url="http://here",
             wants_urls=False,
@@ -228,7 +228,7 @@ def test_a_job_and_its_result_expire_together_though_it_was_written_later(folder
     folder.clock.now_s += TTL_S - 10
     assert jobs.update(job, lambda record: record.put_back()) is not None
     folder.clock.now_s += 11
-    with pytest.raises(JobMissingError):
+    with pytest.raises(NotFoundError):
         jobs.get(job.id)
 
 
@@ -239,7 +239,7 @@ def test_a_cancelled_job_stays_so_and_leaves_neither_photo_nor_place(shop: Shop,
     with pytest.raises(JobEndedError, match="the job is cancelled"):
         jobs.cancel(job.id)
     assert jobs.line() == []
-    with pytest.raises(ArtifactMissingError):
+    with pytest.raises(NotFoundError):
         jobs.pictures(job)
     ended = jobs.update(job, lambda record: None if record.has_ended else record.ended("done", now_s=0.0))
     assert ended is None
@@ -248,7 +248,7 @@ def test_a_cancelled_job_stays_so_and_leaves_neither_photo_nor_place(shop: Shop,
 
 @pytest.mark.parametrize("job_id", ["", "no", "../../etc/passwd", "0" * 40, "f" * 40, "F" * 40])
 def test_there_is_no_job_of_a_made_up_id(folder: Shop, job_id: str) -> None:
-    with pytest.raises(JobMissingError):
+    with pytest.raises(NotFoundError):
         folder.open().get(job_id)
 
 

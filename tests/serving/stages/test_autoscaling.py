@@ -21,8 +21,8 @@ from serving.stages.autoscaling import (
     growth,
 )
 from serving.stages.diffusion import DiffusionStage
-from serving.stages.messages import RenderOptions
 from serving.stages.mllm import MLLMStage
+from tests.serving.asking import ask
 from tests.waiting import until_async
 
 Photo = Callable[..., bytes]
@@ -226,10 +226,10 @@ def test_many_step_edits_ask_for_the_diffusion_stage_alone_and_long_instructions
             return of_mllm, of_diffusion
 
         def render(steps: int) -> Any:
-            return diffusion.render(photo(), derived, RenderOptions(overrides={"steps": steps}, seed=1))
+            return diffusion.render(photo(), derived, ask(overrides={"steps": steps}))
 
-        derived = await mllm.derive(photo(), "p", "a dark sky")
-        await mllm.derive(photo(), "p")
+        derived = await mllm.derive(photo(), ask("p", "a dark sky"))
+        await mllm.derive(photo(), ask("p"))
         await render(4)
         assert await decisions() == (0, 0)  # and their rates are known: a call takes a second
         denoising.may_run.clear()
@@ -242,7 +242,7 @@ def test_many_step_edits_ask_for_the_diffusion_stage_alone_and_long_instructions
         denoising.may_run.set()
         deriving.may_run.clear()
         long = "make the sky over the lake a little darker, " * 80
-        edits = [asyncio.create_task(mllm.derive(photo(seed=i), f"{i} {long}")) for i in range(4)]
+        edits = [asyncio.create_task(mllm.derive(photo(seed=i), ask(f"{i} {long}"))) for i in range(4)]
         await until_async(lambda: mllm._tokens_left > 4 * 1000)
         of_mllm, of_diffusion = await decisions()
         assert of_diffusion == 0

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mgie.errors import ConfigError
-from serving.errors import BatcherClosedError
+from mgie.errors import ClosedError, ConfigError
 from serving.stages.batcher import GreedyBatcher
 
 
@@ -251,12 +250,12 @@ def test_closing_fails_what_waits_and_refuses_what_comes() -> None:
     async def main() -> None:
         tasks = await queue_behind_one(batcher, gate, [1])
         closing = asyncio.create_task(asyncio.to_thread(batcher.close))
-        with pytest.raises(BatcherClosedError):
+        with pytest.raises(ClosedError):
             await tasks[1]
         gate.opened.set()
         assert (await tasks[0]).result == 0  # the batch that ran was allowed to end
         await closing
-        with pytest.raises(BatcherClosedError):
+        with pytest.raises(ClosedError):
             await batcher.submit(2)
 
     asyncio.run(main())

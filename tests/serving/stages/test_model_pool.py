@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 
-from mgie.errors import BundleError, ConfigError
-from serving.errors import ModelUnavailableError, PoolClosedError
+from mgie.errors import BundleError, ClosedError, ConfigError
+from serving.errors import ModelUnavailableError
 from serving.stages.model_pool import ModelPool
 from tests.waiting import until_async
 
@@ -177,7 +177,7 @@ def test_closing_closes_all_and_refuses_what_comes() -> None:
     pool.close()
     assert shelf.in_memory.total() == 0
     assert not pool.is_open
-    with pytest.raises(PoolClosedError):
+    with pytest.raises(ClosedError):
         asyncio.run(use(pool, "a"))
 
 

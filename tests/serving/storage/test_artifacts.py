@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from mgie.errors import ConfigError
-from serving.errors import ArtifactMissingError, DamagedError, StoreError
+from serving.errors import DamagedError, NotFoundError, StoreError
 from serving.storage.artifacts import Artifact, ArtifactStore, EditFacts
 from serving.storage.blobs import Blob, LocalBlobs
 from tests.pipelines.fault_proxy import FaultProxy
@@ -94,7 +94,7 @@ def test_any_replica_answers_for_any_result(shop: Shop) -> None:
     assert other.read(photo.id) == (photo, b"photo")
     assert (result.num_bytes, result.width, result.height, result.edit.seed) == (100_000, 4, 3, 7)
     shop.open().delete(result.id)
-    with pytest.raises(ArtifactMissingError):
+    with pytest.raises(NotFoundError):
         other.read(result.id)
     assert len(shop.keys()) == 2
 
@@ -109,7 +109,7 @@ def test_what_has_expired_is_absent_at_once_and_swept(shop: Shop) -> None:
     assert store.read(old.id) == (old, b"pixels")
     shop.clock.now_s = old.expires_s
     for act in (store.get, store.read, store.delete, lambda artifact_id: store.url(artifact_id, "http://h")):
-        with pytest.raises(ArtifactMissingError, match="3600 s"):
+        with pytest.raises(NotFoundError, match="3600 s"):
             act(old.id)
     assert len(shop.keys()) == 4
     assert store.sweep() == 2
@@ -156,9 +156,9 @@ def test_what_is_no_id_opens_nothing(text: str, local: Shop) -> None:
     store = local.open()
     for candidate in (text, *HOSTILE):
         for act in (store.get, store.read, store.delete, lambda artifact_id: store.url(artifact_id, "http://h")):
-            with pytest.raises(ArtifactMissingError):
+            with pytest.raises(NotFoundError):
                 act(candidate)
-    with pytest.raises(ArtifactMissingError):  # an id, but nobody's
+    with pytest.raises(NotFoundError):  # an id, but nobody's
         store.read("f" * 40)
 
 
@@ -168,9 +168,9 @@ def test_no_id_leads_out_of_the_store(local: Shop) -> None:
     outside = Path(local.url).parent
     (outside / "x.json").write_text(artifact.model_copy(update={"id": "../../x"}).model_dump_json())
     (outside / "x.image").write_bytes(b"pixels")
-    with pytest.raises(ArtifactMissingError):
+    with pytest.raises(NotFoundError):
         store.read("../../x")
-    with pytest.raises(ArtifactMissingError):
+    with pytest.raises(NotFoundError):
         store.delete("../../x")
     assert (outside / "x.image").exists()
 
