@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mgie.config import Sharding
@@ -88,6 +89,8 @@ class Sharded:
         for part in _trained_parts(model):
             fully_shard(part)
             self._shards.append(cast(FSDPModule, part))
+        whole = [name for name, p in model.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
+        assert not whole, f"{whole[:3]} train, and no part that is sharded holds them"
 
     @contextlib.contextmanager
     def accumulating(self, *, is_last: bool) -> Iterator[None]:
@@ -136,13 +139,16 @@ def broadcast(value: Value) -> Value:
 
 
 def _trained_parts(model: nn.Module) -> Sequence[nn.Module]:
-    """Modules to shard, inner ones first: blocks of the UNet, then all that trains as a whole.
+    """Modules to shard, inner ones first: blocks of the UNet and of what else trains, then what trains outside of blocks.
 
-    A module's weights are whole only inside its own forward, so a part is something that is called.
+    A module's weights are whole only inside its own forward, so a part is something that is called: a block, or a
+    layer that holds weights itself.
     """
     unet = cast(Any, model).unet
-    parts = [*unet.down_blocks, *unet.up_blocks, *([unet.mid_block] if unet.mid_block is not None else []), unet]
-    if hasattr(model, "edit_head"):
-        llm = cast(Any, model).mllm.llm
-        parts += [model.edit_head, llm.model.embed_tokens, llm.lm_head]
-    return parts
+    parts = [layer for name, layers in model.named_modules() if name.endswith(".layers") for layer in layers.children()]
+    parts += [*unet.down_blocks, *unet.up_blocks, *([unet.mid_block] if unet.mid_block is not None else []), unet]
+    parts += [model.edit_head] if hasattr(model, "edit_head") else []
+    parts = [part for part in parts if any(p.requires_grad for p in part.parameters())]
+    in_parts = {p for part in parts for p in part.parameters()}
+    rest = (m for m in model.modules() if any(p.requires_grad for p in {*m.parameters(recurse=False)} - in_parts))
+    return [*parts, *rest]

@@ -99,6 +99,7 @@ def load_training_model(bundle: Bundle, config: TrainingConfig, *, device: str =
         model.requires_grad_(requires_grad=False)
     if config.dtype == "float64":
         model.double()
+    assert all(p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.requires_grad)
     model.to(target)
     if config.channels_last:
         model.unet.to(memory_format=torch.channels_last)
@@ -159,7 +160,9 @@ def _mllm_model(
     bundle: Bundle, config: TrainingConfig
 ) -> tuple[MGIE | InstructPix2Pix, ConversationCollator | EncoderCollator, ClipPixels | None]:
     seen = bundle.without_vision() if config.variant == "lgie" else bundle
-    model = seen.load_mgie(device="cpu", dtype="bfloat16" if config.dtype == "bfloat16" else "float32")
+    # Steps of a usual learning rate are below what bfloat16 tells apart: what trains is float32.
+    is_rounded = config.dtype == "bfloat16" and not config.optimizer.lr_llm
+    model = seen.load_mgie(device="cpu", dtype="bfloat16" if is_rounded else "float32")
     model.objective = config.objective
     num_patches = model.mllm.num_patches
     collate = ConversationCollator(seen.load_tokenizer(), num_patches=num_patches, max_length=config.max_length)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mgie.bundle.bundle import Bundle
@@ -33,7 +34,7 @@ from mgie.model.mgie import LatentDiffusion
 from mgie.model.mllm import MLLM
 from mgie.storage.folder import open_folder
 from mgie.training.checkpoint import write_snapshot
-from mgie.training.distributed import Alone
+from mgie.training.distributed import Alone, Sharded
 from mgie.training.export import export_bundle, read_trained
 from mgie.training.trainer import StepRecord, Trainer, TrainerState, accumulate_gradients
 from mgie.training.variants import load_training_model
@@ -446,6 +447,33 @@ def test_the_recorded_losses_and_gradients(
 
 
 # ---- several workers
+
+
+@pytest.fixture
+def one_worker(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("variant", ["e2e", "ft"])
+def test_whatever_trains_is_sharded_and_in_float32(rows: Examples, variant: Variant, one_worker: None) -> None:
+    """With the language model or the text encoder, too."""
+    optimizer = replace(CONFIG.optimizer, lr_llm=1e-3, lr_text_encoder=1e-3)
+    config = replace(CONFIG, steps=2, variant=variant, optimizer=optimizer, dtype="bfloat16")
+    bundle = Bundle(ensure_bundle("random-ip2p" if variant == "ft" else "random"))
+    parameters = dict(load_training_model(bundle, config, device="cpu").model.named_parameters())
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    assert any(name.startswith(("mllm.llm.model.layers.1.", "text_encoder.")) for name in trained)
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    config = replace(config, dtype="float64")
+    whole, alone = _run(bundle, rows, config)
+    records, sharded = _run(bundle, rows, config, change=Sharded)
+    assert all(isinstance(p, DTensor) for p in sharded.model.parameters() if p.requires_grad)
+    _close(records, whole, rel=1e-9)
+    reached, expected = sharded.state().weights, alone.state().weights
+    assert all(torch.allclose(reached[name], expected[name], rtol=1e-7, atol=1e-9) for name in expected)
 
 
 def _work(rank: int, world_size: int, meeting: str, folder: Path, results: Any) -> None:
