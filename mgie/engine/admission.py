@@ -7,8 +7,6 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from mgie.errors import ConfigError
-
 ItemT = TypeVar("ItemT", bound=Hashable)
 
 # So often may those that fit pass the first in line that does not: the memory is used, and nobody waits for ever.
@@ -27,7 +25,7 @@ class Admission(Generic[ItemT]):
     """Items that wait in order, and items that are in.
 
     Args:
-        max_pixels: Of all that are in.
+        max_pixels: Limit for the pixels of all that are in; an item with more than that goes in alone.
         max_waiting: Length of the line.
     """
 
@@ -58,14 +56,9 @@ class Admission(Generic[ItemT]):
             item: Not there yet.
             pixels: That it takes inside.
             order: Of its place in line: behind those of a smaller or equal one.
-
-        Raises:
-            ConfigError: It could never come in.
         """
-        if pixels > self._max_pixels:
-            raise ConfigError(f"the edit takes {pixels} pixels in flight; at most {self._max_pixels} are allowed")
         is_first = all(order < other.order for other in self._waiting.values())
-        has_room = is_first and self.pixels + pixels <= self._max_pixels
+        has_room = is_first and self._fits(pixels)
         if not has_room and len(self._waiting) >= self._max_waiting:
             return False
         self._waiting[item] = _Waiting(pixels=pixels, order=order)
@@ -75,18 +68,19 @@ class Admission(Generic[ItemT]):
     def admit(self) -> list[ItemT]:
         """The items that come in now."""
         admitted: list[ItemT] = []
-        free = self._max_pixels - self.pixels
         first: _Waiting | None = None  # in line that does not fit
         for item, waiting in list(self._waiting.items()):
-            if waiting.pixels <= free and (first is None or first.num_passes < _MAX_PASSES):
+            if self._fits(waiting.pixels) and (first is None or first.num_passes < _MAX_PASSES):
                 if first is not None:
                     first.num_passes += 1
                 self._inside[item] = self._waiting.pop(item).pixels
-                free -= waiting.pixels
                 admitted.append(item)
             elif first is None:
                 first = waiting
         return admitted
+
+    def _fits(self, pixels: int) -> bool:
+        return not self._inside or self.pixels + pixels <= self._max_pixels
 
     def leave(self, item: ItemT) -> None:
         """Frees the item's place, in line or inside."""

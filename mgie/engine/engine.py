@@ -39,6 +39,7 @@ from mgie.model.guidance import needed_branches
 from mgie.model.sampler import denoise_step
 
 _NUM_RECORDED = 1000  # batches kept for whoever draws figures
+_GROW_AFTER = 100  # full steps, before a batch that memory ran out for may have a row more again
 _RATE_WEIGHT = 0.1  # of the newest step in the moving average of speed
 # Order of the VAE's work: what lets a step be larger, what lets a caller go, what is only nice to have.
 _ENCODE, _DECODE, _PREVIEW = range(3)
@@ -56,8 +57,8 @@ class Engine:
         renderer: The diffusion stage; nobody else may use it meanwhile.
         max_batch_rows: Largest batch of the denoiser, in rows: an image takes one row per branch of guidance, three
             at most. Memory for activations is in proportion.
-        max_pixels_in_flight: Of edits between admission and result: work pixels times rows, times images. None =
-            two full batches, so that one is denoised while another is encoded or decoded.
+        max_pixels_in_flight: Of edits between admission and result: work pixels times rows, times images; an edit
+            with more than that goes in alone. None = two full batches, so that one is denoised while another is encoded or decoded.
         max_waiting: Edits in line; more are refused.
         num_codec_threads: Threads for the VAE and for full-size pixels; each may hold one decoding's memory.
         num_threads: Of torch, for each of the engine's threads; None = torch's own number.
@@ -95,6 +96,8 @@ class Engine:
         self._admission: Admission[EditInFlight] = Admission(max_pixels=max_pixels_in_flight, max_waiting=max_waiting)
         self._max_waiting = max_waiting
         self._turns: FairScheduler[SampleInFlight] = FairScheduler(max_batch_rows)
+        self._most_rows = max_batch_rows
+        self._num_full_steps = self._num_out_of_memory = 0
         self._edits: set[EditInFlight] = set()  # that have not ended
         self._is_closed = False
         self._ended = {"done": 0, "failed": 0, "cancelled": 0, "overdue": 0, "refused": 0}
@@ -133,7 +136,7 @@ class Engine:
                 first, and is in no figures of edits. It costs the others a step.
 
         Raises:
-            ConfigError: A value is out of range, or the edit is larger than the engine ever has room for.
+            ConfigError: A value is out of range.
             ImageError: The mask does not fit the image.
             EngineFullError: The line is full.
             ClosedError: The engine is closed.
@@ -195,6 +198,7 @@ class Engine:
                 num_steps=self._num_steps,
                 mean_batch_size=self._num_stepped / self._num_steps if self._num_steps else 0.0,
                 max_batch_rows=self._turns.max_rows,
+                num_out_of_memory=self._num_out_of_memory,
                 max_steps_after_end=self._max_steps_after_end,
             )
 
@@ -331,22 +335,32 @@ class Engine:
             if self._on_step is not None:
                 self._on_step(step)
             return
+        has_no_room = self._free_memory(failure)
         if len(batch) == 1:
             self._end(batch[0].edit, "failed", failure)
             return
         parts = [[sample] for sample in batch]
-        if isinstance(failure, torch.OutOfMemoryError | MemoryError):
-            traceback.clear_frames(failure.__traceback__)  # they hold the tensors that there was no room for
+        if has_no_room:
             half = (len(batch) + 1) // 2
             parts = [batch[:half], batch[half:]]
             with self._changed:
                 rows = sum(sample.edit.rows for sample in batch)
                 self._turns.max_rows = max(1, min(self._turns.max_rows, rows // 2))
-            if self._renderer.device.type == "cuda":
-                torch.cuda.empty_cache()
+                self._num_full_steps = 0
         failure = None
         for part in parts:
             self._step(part)
+
+    def _free_memory(self, failure: Exception) -> bool:
+        """Lets go of what a failed call holds and the device keeps, if it failed for want of memory; says whether so."""
+        if not isinstance(failure, torch.OutOfMemoryError | MemoryError):
+            return False
+        traceback.clear_frames(failure.__traceback__)  # they hold the tensors that there was no room for
+        with self._changed:
+            self._num_out_of_memory += 1
+        if self._renderer.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return True
 
     def _stepped(self, batch: Sequence[SampleInFlight], seconds: float) -> None:
         """Notes a step that was done; whoever has done its last goes on to the VAE."""
@@ -354,6 +368,7 @@ class Engine:
             self._num_steps += 1
             self._num_stepped += len(batch)
             self._batches.append(tuple(sample.key for sample in batch))
+            self._grow_back(batch)
             work = sum(sample.edit.image_cost for sample in batch)
             self._work_done += sum(sample.edit.image_cost for sample in batch if not sample.edit.is_probe)
             rate = seconds / work
@@ -374,6 +389,15 @@ class Engine:
                     self._leave_steps(sample)
                 elif sample.index == 0 and sample.state.step in sample.edit.preview_steps:
                     self._want_preview(sample)
+
+    def _grow_back(self, batch: Sequence[SampleInFlight]) -> None:
+        """Lets batches that had to shrink grow by a row when many as large as allowed went well (locked)."""
+        allowed = self._turns.max_rows
+        is_full = sum(sample.edit.rows for sample in batch) + batch[0].edit.rows > allowed
+        if is_full and allowed < self._most_rows:
+            self._num_full_steps += 1
+            if self._num_full_steps >= _GROW_AFTER:
+                self._turns.max_rows, self._num_full_steps = allowed + 1, 0
 
     def _leave_steps(self, sample: SampleInFlight) -> None:
         """(locked)."""
@@ -397,12 +421,21 @@ class Engine:
         def run() -> None:
             if edit.has_ended:
                 return
-            try:
-                work(*args)
-            except Exception as error:  # noqa: BLE001  as for a step
-                self._end(edit, "failed", error)
+            failure = self._try(work, *args)
+            if failure is not None and self._free_memory(failure):  # an edit that has done its steps is not given up
+                failure = self._try(work, *args)
+            if failure is not None:
+                self._end(edit, "failed", failure)
 
         self._codec.put(_URGENT if edit.is_probe else priority, run)
+
+    @staticmethod
+    def _try(work: Callable[..., None], *args: Any) -> Exception | None:
+        try:
+            work(*args)
+        except Exception as error:  # noqa: BLE001  as for a step
+            return error
+        return None
 
     def _encode(self, edit: EditInFlight) -> None:
         prepared = self._renderer.prepare(edit.request, edit.framing)

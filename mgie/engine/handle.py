@@ -223,6 +223,8 @@ class EngineStats:
     mean_batch_size: float
     "samples per batch; 0 before the first"
     max_batch_rows: int
-    "as given, or what was left of it when memory ran out"
+    "as given, or what was left of it when memory ran out; it grows back by and by"
+    num_out_of_memory: int
+    "calls of the model that failed for want of memory; most are made again, with fewer samples or alone"
     max_steps_after_end: int
     "most steps that an edit took part in after its caller or its deadline had ended it"

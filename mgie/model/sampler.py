@@ -18,6 +18,7 @@ between any two steps.
 Axes: B samples, S steps, c latent channels, h w latent height and width, Q condition tokens, C condition width.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -438,16 +439,34 @@ def denoise_step(denoiser: Denoiser, states: Sequence[SampleState]) -> None:
     # Where there is no previous prediction yet its weight is zero, and any tensor serves.
     previous = torch.stack([state.latents if state.predicted_x0 is None else state.predicted_x0 for state in states])
     following = keep * latents + to_x0 * x0 + to_previous_x0 * previous
-    if any(state.schedule.draws_noise for state in states):
-        following += noise_scale * torch.stack([_draw(state) for state in states]).to(latents.device)
-    # The states get views of the batch's tensors: cheap, and their storage goes with the last of them.
+    with _undone_on_failure(states):
+        if any(state.schedule.draws_noise for state in states):
+            following += noise_scale * torch.stack([_draw(state) for state in states]).to(latents.device)
+        # The states get views of the batch's tensors: cheap, and their storage goes with the last of them.
+        stepped = [_hold_frozen(state, following[index]) for index, state in enumerate(states)]
     for index, state in enumerate(states):
-        state.latents = following[index]
-        state.predicted_x0 = x0[index]
+        state.latents, state.predicted_x0 = stepped[index], x0[index]
         state.step += 1
-        if (frozen := state.frozen) is not None:
-            known = state.schedule.noised(frozen.clean, frozen.noise, state.step)
-            state.latents = torch.where(frozen.where, known, state.latents)
+
+
+@contextlib.contextmanager
+def _undone_on_failure(states: Sequence[SampleState]) -> Iterator[None]:
+    """The generators are as before where the block raises."""
+    before = [state.generator.get_state() for state in states]
+    try:
+        yield
+    except BaseException:
+        for state, generator in zip(states, before, strict=True):
+            state.generator.set_state(generator)
+        raise
+
+
+def _hold_frozen(state: SampleState, latents: Float[Tensor, "c h w"]) -> Float[Tensor, "c h w"]:
+    """The latents after a step, with the part that stays as its source at that step's noise level."""
+    if (frozen := state.frozen) is None:
+        return latents
+    known = state.schedule.noised(frozen.clean, frozen.noise, state.step + 1)
+    return torch.where(frozen.where, known, latents)
 
 
 def _draw(state: SampleState) -> Float[Tensor, "c h w"]:

@@ -1,9 +1,6 @@
 import random
 
-import pytest
-
 from mgie.engine.admission import Admission
-from mgie.errors import ConfigError
 
 
 def test_first_come_first_served_within_the_pixels_and_the_line() -> None:
@@ -58,9 +55,17 @@ def test_one_that_passed_does_not_count_against_the_next_in_line() -> None:
     assert admission.admit() == ["late"]
 
 
-def test_what_can_never_come_in_is_refused() -> None:
-    with pytest.raises(ConfigError, match="takes 11 pixels in flight; at most 10"):
-        Admission(max_pixels=10, max_waiting=1).enter("a", 11)
+def test_one_larger_than_the_limit_goes_in_alone_after_its_turn() -> None:
+    admission: Admission[str] = Admission(max_pixels=10, max_waiting=9)
+    admission.enter("small", 1)
+    admission.admit()
+    admission.enter("huge", 25)
+    admission.enter("next", 10)
+    assert admission.admit() == []
+    admission.leave("small")
+    assert admission.admit() == ["huge"]
+    admission.leave("huge")
+    assert admission.admit() == ["next"]
 
 
 def test_nothing_is_lost_whatever_comes_and_goes() -> None:

@@ -429,7 +429,7 @@ def test_only_the_guilty_edit_fails_and_no_noise_is_drawn_twice(
     assert engine.is_alive()
 
 
-def test_out_of_memory_halves_the_batch_for_good_and_fails_what_is_too_large_alone(
+def test_out_of_memory_halves_the_batch_and_fails_what_is_too_large_alone(
     renderer: Renderer, base: Renderer, start: Callable[..., Engine]
 ) -> None:
     engine, gate = start(max_batch_rows=64, max_pixels_in_flight=10**6), renderer.denoiser
@@ -445,6 +445,54 @@ def test_out_of_memory_halves_the_batch_for_good_and_fails_what_is_too_large_alo
     with pytest.raises(torch.OutOfMemoryError):
         images(engine.submit(request(0)))
     assert len(images(engine.submit(request(0, guidance_scale=1.0, image_guidance_scale=1.0)))) == 1
+    assert_empty(engine)
+
+
+def test_a_batch_that_had_to_shrink_grows_back_a_row_at_a_time(
+    renderer: Renderer, start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mgie.engine.engine._GROW_AFTER", 2)
+    engine, gate = start(max_batch_rows=9, max_pixels_in_flight=10**6), renderer.denoiser
+    gate.max_rows = 6
+    handles = [engine.submit(request(i, steps=20)) for i in range(3)]
+    gate.await_call()
+    await_phase(handles, "denoising")
+    gate.open()
+    images(handles[0])
+    assert engine.stats().num_out_of_memory
+    gate.max_rows = 9
+    for handle in [engine.submit(request(i, steps=20)) for i in range(6)]:
+        images(handle)
+    assert engine.stats().max_batch_rows == 9
+    assert_empty(engine)
+
+
+def test_an_edit_larger_than_the_limit_goes_in_alone(
+    base: Renderer, renderer: Renderer, start: Callable[..., Engine]
+) -> None:
+    engine = start(max_batch_rows=1)
+    renderer.denoiser.open()
+    handles = [engine.submit(request(i, steps=2), n=2) for i in range(2)]
+    for i, handle in enumerate(handles):
+        assert difference(images(handle)[0], alone(base, request(i, steps=2))) <= 2
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("method", ["prepare", "finish"])
+def test_want_of_memory_in_the_vae_is_tried_once_more(
+    method: str, base: Renderer, renderer: Renderer, start: Callable[..., Engine]
+) -> None:
+    work = getattr(renderer, method)
+
+    def fail_once(*args: Any) -> Any:
+        setattr(renderer, method, work)
+        raise torch.OutOfMemoryError("no room")
+
+    setattr(renderer, method, fail_once)
+    renderer.denoiser.open()
+    engine = start()
+    assert difference(images(engine.submit(request(1)))[0], alone(base, request(1))) <= 2
+    assert engine.stats().num_out_of_memory == 1
     assert_empty(engine)
 
 
@@ -527,10 +575,8 @@ def test_pixels_in_flight_and_the_line_are_bounded(renderer: Renderer, start: Ca
     assert_empty(engine)
 
 
-def test_what_can_never_fit_is_refused(renderer: Renderer, start: Callable[..., Engine]) -> None:
-    engine = start(max_pixels_in_flight=3 * 64 * 64)
-    with pytest.raises(ConfigError, match="takes 24576 pixels in flight"):
-        engine.submit(request(0), n=2)
+def test_what_is_out_of_range_is_refused(renderer: Renderer, start: Callable[..., Engine]) -> None:
+    engine = start()
     for bad in ({"n": 0}, {"n": 11}, {"num_previews": -1}):
         with pytest.raises(ConfigError):
             engine.submit(request(0), **bad)

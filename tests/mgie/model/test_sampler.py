@@ -475,6 +475,24 @@ def test_a_step_that_fails_leaves_states_as_they_were(unet: Denoiser) -> None:
     assert all(torch.equal(one.latents, other.latents) for one, other in zip(states, others, strict=True))
 
 
+def test_a_step_that_fails_after_its_noise_was_drawn_draws_the_same_again(
+    unet: Denoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = [make_state(make_schedule(CONFIG, "euler_ancestral", 3), seed) for seed in range(2)]
+    others = copy.deepcopy(states)
+
+    def fail(*args: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mgie.model.sampler._hold_frozen", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            denoise_step(unet, states)
+    for batch in (states, others):
+        denoise_step(unet, batch)
+    assert all(torch.equal(one.latents, other.latents) for one, other in zip(states, others, strict=True))
+
+
 def test_a_step_replaces_tensors_and_does_not_write_into_them(unet: Denoiser) -> None:
     state = make_state(make_schedule(CONFIG, "euler_ancestral", 3))
     denoise_step(unet, [state])
