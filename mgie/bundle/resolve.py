@@ -1,17 +1,17 @@
-"""Where bundles come from: the embedded default, a local folder, a Hugging Face hub id, `s3://...`.
+"""Where bundles come from: the embedded default, a local folder, a Hugging Face hub id, `s3://...` and other stores.
 
 Remote bundles are fetched part by part into a local cache: `bundle.json` at once, a part's files when it is
 loaded. Knows nothing of what the parts mean.
 """
 
-import tempfile
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from mgie.bundle.embedded import EMBEDDED, cache_folder, ensure_bundle
 from mgie.bundle.record import CONFIG_FILE, BundleRecord, hash_file
 from mgie.config import FileEntry
-from mgie.errors import BundleError
+from mgie.errors import BundleError, ConfigError
 from mgie.storage.atomic import atomic_file
 from mgie.storage.hub import fetch_snapshot, is_hub_id
 
@@ -21,15 +21,14 @@ def locate_bundle(where: str | Path) -> BundleRecord:
 
     Args:
         where: `tiny` or another embedded name; a local folder; `org/name` or `org/name@revision` on the
-            Hugging Face hub; `s3://bucket/prefix` (credentials, region and endpoint as boto3 finds them, for
-            example AWS_ENDPOINT_URL for a store that is not Amazon's).
+            Hugging Face hub; `s3://bucket/prefix`, `gs://..`, `az://..` (see `mgie/storage/folder.py`).
 
     Raises:
         BundleError: There is no such bundle, or it cannot be read.
     """
     name = str(where)
-    if name.startswith("s3://"):
-        return _open_s3(name)
+    if "://" in name:
+        return _open_store(name)
     # Before folders: what works in one working directory works in all. `./tiny` and Path("tiny") are folders.
     if isinstance(where, str) and name in EMBEDDED:
         return BundleRecord(ensure_bundle(name))
@@ -70,37 +69,34 @@ def _open_hub(name: str) -> BundleRecord:
     return bundle
 
 
-def _open_s3(url: str) -> BundleRecord:
-    from mgie.storage.s3 import S3_ERRORS, open_s3, split_s3_url
-
-    bucket, prefix = split_s3_url(url)
-    cache = cache_folder() / "s3" / bucket / prefix
-
-    def download(relative: str, target: Path, sha256: str | None = None) -> None:
-        try:
-            # Another process may be fetching the same file, and one that is corrupted never takes its place.
-            with atomic_file(target) as partial:
-                open_s3().download_file(bucket, f"{prefix}/{relative}" if prefix else relative, str(partial))
-                if sha256 is not None and hash_file(partial) != sha256:
-                    raise BundleError(f"{url}/{relative} does not have the sha256 that {CONFIG_FILE} says")
-        except S3_ERRORS as error:
-            raise BundleError(f"{url}/{relative} cannot be fetched: {error}") from error
+def _open_store(url: str) -> BundleRecord:
+    from mgie.storage.folder import open_folder
 
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".config-") as scratch:
-            download(CONFIG_FILE, Path(scratch) / CONFIG_FILE)
-            # One folder per version of the bundle: files of an older one are never mixed in.
-            root = cache / hash_file(Path(scratch) / CONFIG_FILE)[:16]
-            root.mkdir(exist_ok=True)
-            (Path(scratch) / CONFIG_FILE).replace(root / CONFIG_FILE)
+        store = open_folder(url)
+        content = store.read(CONFIG_FILE)
+    except (ConfigError, OSError) as error:
+        raise BundleError(f"bundle {url}: {CONFIG_FILE} cannot be fetched: {error}") from error
+    # One folder per version of the bundle: files of an older one are never mixed in.
+    root = cache_folder() / store.url.replace("://", "/") / hashlib.sha256(content).hexdigest()[:16]
+    try:
+        with atomic_file(root / CONFIG_FILE) as partial:
+            partial.write_bytes(content)
     except OSError as error:
-        raise BundleError(f"{cache} cannot be written: {error}; set MGIE_CACHE to a writable folder") from error
+        raise BundleError(f"{root} cannot be written: {error}; set MGIE_CACHE to a writable folder") from error
 
     def fetch(parts: Sequence[str]) -> None:
         for relative, entry in bundle.files(parts).items():
-            if not _is_complete(root / relative, entry):
-                download(relative, root / relative, entry.sha256)
+            if _is_complete(root / relative, entry):
+                continue
+            try:
+                # Another process may be fetching the same file, and one that is corrupted never takes its place.
+                with atomic_file(root / relative) as partial:
+                    store.download(relative, partial)
+                    if hash_file(partial) != entry.sha256:
+                        raise BundleError(f"{store.url}/{relative} does not have the sha256 that {CONFIG_FILE} says")
+            except OSError as error:
+                raise BundleError(f"{store.url}/{relative} cannot be fetched: {error}") from error
 
     bundle = BundleRecord(root, fetch=fetch)
     return bundle

@@ -17,7 +17,6 @@ import fcntl
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,7 +29,6 @@ import numpy.typing as npt
 from mgie.config import CacheKind
 from mgie.errors import DataError
 from mgie.storage.folder import Folder
-from mgie.storage.retry import with_retries
 
 CacheDtype = Literal["float32", "float16"]
 Ids = npt.NDArray[np.int64]
@@ -44,7 +42,6 @@ ROWS_SUFFIX, IDS_SUFFIX = ".bin", ".ids"
 _ID_DTYPE = np.dtype("<i8")
 DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 _THREADS = 16  # that wait for a store
-_COPY_BYTES = 8 << 20
 NAMED_IDS = 5
 
 
@@ -203,14 +200,13 @@ def fetch_cache(cache: Folder, local: Path, *, kind: CacheKind) -> Path:
             target = partial / name
             if target.is_file() and target.stat().st_size == num_bytes:
                 return
-            with cache.filesystem.open_input_stream(f"{source}/{name}") as stream, target.open("wb") as file:
-                shutil.copyfileobj(stream, file, _COPY_BYTES)
-                if file.tell() != num_bytes:
-                    raise DataError(f"{source}/{name} has {file.tell()} bytes; {STAMP_FILE} says {num_bytes}")
+            cache.download(f"{kind}/{name}", target)
+            if (found := target.stat().st_size) != num_bytes:
+                raise DataError(f"{source}/{name} has {found} bytes; {STAMP_FILE} says {num_bytes}")
 
         rows = {name + ROWS_SUFFIX: count * stamp.spec.row_bytes for name, (count, _) in stamp.shards.items()}
         ids = {name + IDS_SUFFIX: count * _ID_DTYPE.itemsize for name, (count, _) in stamp.shards.items()}
-        _at_once(lambda file: with_retries(lambda: copy(*file)), [*rows.items(), *ids.items()])
+        _at_once(lambda file: copy(*file), [*rows.items(), *ids.items()])
         (partial / STAMP_FILE).write_bytes(content)
         partial.replace(folder / kind)
     return folder

@@ -1,21 +1,28 @@
-"""Folders on a local disk or in an S3 store, named by URL.
+"""Folders on a local disk or in an object store, named by URL.
 
-`/data/x`, `data/x`, `~/x`, `file:///data/x` and `s3://bucket/prefix` are opened by `open_folder`. Credentials and
-region are found as AWS tools find them (environment, profile, instance role); the address of a store that is not
-Amazon's (MinIO, Ceph, ...) is an argument or AWS_ENDPOINT_URL_S3 / AWS_ENDPOINT_URL. A `Folder` can be sent to
-other processes: the address travels with it, credentials do not.
+    /data/x   data/x   ~/x   file:///data/x          a disk
+    s3://bucket/prefix                               S3 (Amazon's, MinIO, Ceph, ..): see `s3_settings.py`
+    gs://bucket/prefix                               Google Cloud Storage; Application Default Credentials
+    az://container/prefix                            Azure; the account is AZURE_STORAGE_ACCOUNT
+    abfs://container@account.dfs.core.windows.net/x  Azure; both with its default credentials
+    hf://datasets/org/name/x   hf://org/name/x       the Hugging Face hub, to read from; HF_TOKEN or `hf auth login`
+
+A `Folder` can be sent to other processes: the address travels with it, credentials do not.
 
 Files appear complete or not at all. Knows nothing of rows.
 """
 
+import errno
 import io
 import os
 import posixpath
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
@@ -24,9 +31,11 @@ from pyarrow import fs as pafs
 from mgie.errors import ConfigError, DataError
 from mgie.storage.atomic import atomic_file
 from mgie.storage.retry import with_retries
+from mgie.storage.s3_settings import s3_settings
 
-S3_ATTEMPTS = 10  # with 5 % of requests failing, one read in 10^13 fails for good
 _COPY_BYTES = 8 << 20
+_COPY_THREADS = 8
+_GOOGLE_PATIENCE = timedelta(seconds=90)  # its own is 15 minutes
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class Folder:
     """
 
     url: str
-    "absolute path or `s3://bucket/prefix`, without a slash at the end"
+    "absolute path or `scheme://bucket/prefix`, without a slash at the end"
     filesystem: pafs.FileSystem
     path: str
     "the same as the file system spells it"
@@ -80,6 +89,26 @@ class Folder:
                 return bytes(stream.read())
 
         return with_retries(read)
+
+    def download(self, name: str, target: Path) -> None:
+        """Copies a file of any size to a local disk, in blocks, several at a time.
+
+        Raises:
+            DataError: The name leads out of the folder.
+            OSError: It cannot be read, or the disk is full.
+        """
+        with (
+            with_retries(lambda: self.filesystem.open_input_file(self.at(name))) as source,
+            target.open("wb") as file,
+            ThreadPoolExecutor(_COPY_THREADS) as pool,
+        ):
+
+            def copy(start: int) -> None:
+                block = with_retries(lambda: source.read_at(_COPY_BYTES, start))
+                if os.pwrite(file.fileno(), block, start) != len(block):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+            list(pool.map(copy, range(0, source.size(), _COPY_BYTES)))
 
     def write(self, name: str, data: bytes) -> None:
         """Writes a small file at once; others see all of it or nothing. Raises OSError."""
@@ -150,40 +179,67 @@ def open_folder(url: str | Path, *, endpoint: str | None = None) -> Folder:
 
     Args:
         url: See the module.
-        endpoint: Address of the S3 store (`http://127.0.0.1:9000`); None = from the environment, else Amazon's.
+        endpoint: Address of an S3 store (`http://127.0.0.1:9000`); None = from the environment, else Amazon's.
 
     Raises:
-        ConfigError: The URL has another scheme or no bucket.
+        ConfigError: The URL has another scheme, no bucket, or steps upwards.
     """
     text = str(url)
-    parsed = urlparse(text)
-    if parsed.scheme == "s3":
-        path = text.removeprefix("s3://").strip("/")  # not parsed.path: "?" and "#" are letters of a key
-        if not parsed.netloc:
-            raise ConfigError(f"folder is {text!r}; an S3 URL is s3://bucket/prefix")
-        return Folder(f"s3://{path}", _s3(endpoint), path)
-    if parsed.scheme == "file":
-        text = unquote(parsed.path)
-    elif "://" in text:
-        raise ConfigError(f"folder is {text!r}; it must be a local path or s3://bucket/prefix")
-    if not text:
-        raise ConfigError("folder is ''; it must be a local path or s3://bucket/prefix")
+    scheme, slashes, path = text.partition(":/")  # no urlparse: "?" and "#" are letters of a key
+    if scheme in _STORES and slashes:
+        path = path.strip("/")
+        if not text.startswith(f"{scheme}://") or not path or ".." in path.split("/"):
+            raise ConfigError(f"folder is {text!r}; give {scheme}://bucket/prefix, without '..'")
+        filesystem, inside = _STORES[scheme](path, endpoint)
+        return Folder(f"{scheme}://{path}", filesystem, inside)
+    if scheme == "file":
+        text = unquote(urlparse(text).path)
+    if not text or "://" in text:
+        schemes = ", ".join(f"{scheme}://" for scheme in _STORES)
+        raise ConfigError(f"folder is {text!r}; it must be a local path or s3://bucket/prefix (or {schemes})")
     path = str(Path(text).expanduser().absolute())
     return Folder(path, pafs.LocalFileSystem(), path)
 
 
-def _s3(endpoint: str | None) -> pafs.S3FileSystem:
-    endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if endpoint and not region:
-        region = "us-east-1"  # stores that are not Amazon's accept it; without one the SDK asks Amazon
-    return pafs.S3FileSystem(
-        endpoint_override=endpoint,
-        region=region,
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS),
-        connect_timeout=10,
-        request_timeout=60,
+def _s3(path: str, endpoint: str | None) -> tuple[pafs.FileSystem, str]:
+    settings = s3_settings(endpoint)
+    filesystem = pafs.S3FileSystem(
+        endpoint_override=settings.endpoint,
+        region=settings.region,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=settings.attempts),
+        connect_timeout=settings.connect_timeout_s,
+        request_timeout=settings.read_timeout_s,
     )
+    return filesystem, path
+
+
+def _google(path: str, _endpoint: str | None) -> tuple[pafs.FileSystem, str]:
+    return pafs.GcsFileSystem(retry_time_limit=_GOOGLE_PATIENCE), path
+
+
+def _azure(path: str, _endpoint: str | None) -> tuple[pafs.FileSystem, str]:
+    container, _, prefix = path.partition("/")
+    container, _, host = container.partition("@")
+    account = host.partition(".")[0] or os.environ.get("AZURE_STORAGE_ACCOUNT")
+    if not account:
+        raise ConfigError(f"folder is {path!r} on Azure; say whose by container@account or AZURE_STORAGE_ACCOUNT")
+    return pafs.AzureFileSystem(account), f"{container}/{prefix}".rstrip("/")
+
+
+def _hub(path: str, _endpoint: str | None) -> tuple[pafs.FileSystem, str]:
+    from mgie.storage.hub_files import HubHandler
+
+    return pafs.PyFileSystem(HubHandler()), path
+
+
+_STORES: Mapping[str, Callable[[str, str | None], tuple[pafs.FileSystem, str]]] = {
+    "s3": _s3,
+    "gs": _google,
+    "az": _azure,
+    "abfs": _azure,
+    "abfss": _azure,
+    "hf": _hub,
+}
 
 
 def resolve_uri(root: str, uri: str) -> str:

@@ -1,6 +1,6 @@
-"""S3 by boto3, which nothing else imports: its client, its errors, its URLs.
+"""S3 by boto3, which nothing else imports: its client and its errors.
 
-For what pyarrow's file systems cannot do: conditional writes, presigned addresses, downloads straight to a file.
+For what pyarrow's file systems cannot do: conditional writes and presigned addresses.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import boto3.exceptions
 import botocore.exceptions
 from botocore.config import Config
 
-from mgie.errors import BundleError
+from mgie.storage.s3_settings import s3_settings
 
 ClientError = botocore.exceptions.ClientError  # the store answered, and refused
 # The body of an answer broke off; the SDK tries again by itself only before it begins.
@@ -29,22 +29,18 @@ S3_ERRORS = (
 )
 
 
-def open_s3(endpoint: str | None = None, **settings: Any) -> Any:
-    """A client of S3; credentials, region and, without `endpoint`, the store's address as AWS tools find them.
+def open_s3(endpoint: str | None = None, *, attempts: int | None = None) -> Any:
+    """A client of the store that `s3_settings` finds.
 
     Args:
-        settings: Of `botocore.config.Config`.
+        attempts: Of each request; None = as there.
     """
-    return boto3.client("s3", endpoint_url=endpoint, config=Config(**settings))
-
-
-def split_s3_url(url: str) -> tuple[str, str]:
-    """Bucket and prefix, without slashes at its ends.
-
-    Raises:
-        BundleError: It holds `..`.
-    """
-    bucket, _, prefix = url.removeprefix("s3://").strip("/").partition("/")
-    if ".." in (bucket, *prefix.split("/")):
-        raise BundleError(f"{url!r} holds '..'; give s3://bucket/prefix")
-    return bucket, prefix
+    settings = s3_settings(endpoint, attempts=attempts)
+    config = Config(
+        signature_version="s3v4",  # signed addresses of other versions cannot be limited in time everywhere
+        retries={"mode": "standard", "total_max_attempts": settings.attempts},
+        connect_timeout=settings.connect_timeout_s,
+        read_timeout=settings.read_timeout_s,
+        max_pool_connections=50,
+    )
+    return boto3.client("s3", endpoint_url=settings.endpoint, region_name=settings.region, config=config)

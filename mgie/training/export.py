@@ -24,7 +24,7 @@ from mgie.bundle.writer import BundleWriter
 from mgie.config import Part, Provenance, WeightKind
 from mgie.errors import BundleError, ConfigError, DataError
 from mgie.storage.atomic import atomic_folder
-from mgie.storage.s3 import S3_ERRORS, open_s3, split_s3_url
+from mgie.storage.folder import open_folder
 from mgie.training.checkpoint import (
     SNAPSHOT_FILE,
     Snapshot,
@@ -68,7 +68,7 @@ def read_trained(run: str | Path, *, step: int | None = None, weights: WeightKin
     """The trained weights of a run.
 
     Args:
-        run: A run's folder, or the folder of one checkpoint; local or `s3://bucket/prefix`.
+        run: A run's folder, or the folder of one checkpoint; local or in a store (`s3://bucket/prefix`).
         step: Which checkpoint of the run; None = the newest that is complete.
         weights: None = `ema` where it was kept, else `raw`.
 
@@ -77,7 +77,7 @@ def read_trained(run: str | Path, *, step: int | None = None, weights: WeightKin
         ConfigError: `weights` is `ema`, which this run did not keep.
     """
     with tempfile.TemporaryDirectory(prefix="mgie-") as scratch:
-        is_remote = str(run).startswith("s3://")
+        is_remote = "://" in str(run)
         snapshot = _fetch(str(run), step, weights, Path(scratch)) if is_remote else _find(Path(run), step)
         if step is not None and snapshot.step != step:
             raise DataError(f"{run} is the checkpoint of step {snapshot.step}, not of step {step}")
@@ -199,26 +199,22 @@ def _find(run: Path, step: int | None) -> Snapshot:
 
 
 def _fetch(url: str, step: int | None, weights: WeightKind | None, scratch: Path) -> Snapshot:
-    """The same from an S3 store; of the tensors, only those of `weights` come to `scratch`."""
+    """The same from a store; of the tensors, only those of `weights` come to `scratch`."""
+    wanted = f"{CHECKPOINTS}/{'step-*' if step is None else snapshot_name(step)}/{SNAPSHOT_FILE}"
     try:
-        bucket, prefix = split_s3_url(url)
-        root = f"{prefix}/" if prefix else ""
-        client = open_s3()
-        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=root)
-        sizes = {o["Key"].removeprefix(root): o["Size"] for page in pages for o in page.get("Contents", [])}
-        wanted = f"{CHECKPOINTS}/{'step-*' if step is None else snapshot_name(step)}/{SNAPSHOT_FILE}"
+        run = open_folder(url)
+        sizes = {entry.name: entry.num_bytes for entry in run.list(is_recursive=True) if not entry.is_folder}
         records = [name for name in sizes if name == SNAPSHOT_FILE or fnmatch(name, wanted)]
         for record in sorted(records, reverse=True):
             folder = (scratch / record).parent
             folder.mkdir(parents=True, exist_ok=True)
-            client.download_file(bucket, root + record, str(scratch / record))
-            snapshot = parse_snapshot((scratch / record).read_bytes(), folder)
+            snapshot = parse_snapshot(run.read(record), folder)
             names = {file: record.replace(SNAPSHOT_FILE, file) for file in snapshot.files}
             if all(sizes.get(names[file]) == entry.size for file, entry in snapshot.files.items()):
                 file = tensor_file(_TENSORS[_choose(snapshot, weights)])
-                client.download_file(bucket, root + names[file], str(folder / file))
+                run.download(names[file], folder / file)
                 return snapshot
-    except S3_ERRORS as error:
+    except (ConfigError, OSError) as error:
         raise DataError(f"{url} cannot be read: {error}") from error
     raise DataError(f"{url} holds no complete checkpoint; looked for {wanted}")
 

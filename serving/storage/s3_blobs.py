@@ -30,14 +30,7 @@ class S3Blobs:
         self._url = f"s3://{bucket}/{prefix}"
         self._bucket, self._prefix = bucket, f"{prefix}/" if prefix else ""
         with _told(f"store {self._url} cannot be opened"):
-            self._client = open_s3(
-                endpoint,
-                signature_version="s3v4",  # signed addresses of other versions cannot be limited in time everywhere
-                retries={"mode": "standard", "total_max_attempts": S3_ATTEMPTS},
-                connect_timeout=5,
-                read_timeout=30,
-                max_pool_connections=50,
-            )
+            self._client = open_s3(endpoint, attempts=S3_ATTEMPTS)
 
     def read(self, key: str) -> Blob | None:
         """See `Blobs`."""

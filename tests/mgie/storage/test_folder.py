@@ -1,7 +1,9 @@
 import pickle
+import re
 import resource
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -12,7 +14,9 @@ import pytest
 from mgie.data.ledger import images_root, read_manifest, write_images_root
 from mgie.errors import ConfigError, DataError
 from mgie.storage.folder import Entry, Folder, open_folder
-from mgie.storage.retry import is_absent, is_store_fault
+from mgie.storage.retry import is_absent, is_store_fault, with_retries
+from mgie.storage.s3 import open_s3
+from mgie.storage.s3_settings import s3_settings
 
 
 @pytest.mark.parametrize("name", ["x", "a/b/c.txt", "with space/ü%20#?&+.jpg"])
@@ -91,6 +95,18 @@ def test_a_block_that_fails_publishes_nothing_and_leaves_nothing(folder: Folder)
         assert [path.name for path in Path(folder.at("a")).iterdir()] == ["x"]
 
 
+@pytest.mark.parametrize("num_bytes", [0, 5, 25])
+def test_a_file_is_downloaded_in_blocks(
+    folder: Folder, tmp_path: Path, num_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mgie.storage.folder._COPY_BYTES", 5)
+    folder.write("a/x", bytes(range(num_bytes)))
+    folder.download("a/x", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == bytes(range(num_bytes))
+    with pytest.raises(FileNotFoundError):
+        folder.download("a/y", tmp_path / "copy")
+
+
 def test_a_folder_travels_to_other_processes(folder: Folder) -> None:
     folder.write("x", b"1")
     assert pickle.loads(pickle.dumps(folder)).read("x") == b"1"
@@ -129,10 +145,46 @@ def test_urls_of_local_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert list(tmp_path.iterdir()) == []  # opening makes nothing
 
 
-@pytest.mark.parametrize("url", ["", "s3://", "gs://bucket/x", "https://example.org/x"])
-def test_other_urls_are_refused(url: str) -> None:
+@pytest.mark.parametrize("url", ["", "s3://", "https://example.org/x", "s3://bucket/../x", Path("s3://bucket/x")])
+def test_other_urls_are_refused(url: str | Path) -> None:
     with pytest.raises(ConfigError, match="s3://bucket/prefix"):
         open_folder(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "kind", "path"),
+    [
+        ("gs://bucket/a b/?x#/", "gcs", "bucket/a b/?x#"),
+        ("az://container/a", "abfs", "container/a"),
+        ("abfs://container@account.dfs.core.windows.net", "abfs", "container"),
+        ("abfss://container@account.dfs.core.windows.net/a/b", "abfs", "container/a/b"),
+        ("hf://datasets/org/name@main/data", "py::fsspec+hf", "datasets/org/name@main/data"),
+    ],
+)
+def test_urls_of_other_stores_name_their_file_system_without_a_connection(
+    url: str, kind: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT", "account")
+    folder = pickle.loads(pickle.dumps(open_folder(url)))
+    assert (folder.filesystem.type_name, folder.path, folder.url) == (kind, path, url.rstrip("/"))
+    assert folder.child("deeper").at("x") == f"{path}/deeper/x"
+    assert folder.child("deeper").url == f"{url.rstrip('/')}/deeper"
+    assert not folder.is_local
+
+
+def test_azure_needs_an_account(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT", raising=False)
+    with pytest.raises(ConfigError, match="container@account or AZURE_STORAGE_ACCOUNT"):
+        open_folder("az://container/a")
+
+
+def test_trouble_of_the_hub_is_trouble_of_a_store() -> None:
+    """Without a network, or with an id that it refuses."""
+    folder = open_folder("hf://nonsense")
+    for use in (folder.exists, folder.read, folder.list):
+        with pytest.raises(OSError, match="Hub Error") as caught:
+            use("x")
+        assert is_store_fault(caught.value)
 
 
 def test_an_explicit_endpoint_wins_over_the_environment(
@@ -198,6 +250,49 @@ def test_a_store_that_refuses_is_a_fault_of_the_store_and_not_of_the_row(s3: str
         server.server_close()
     assert is_store_fault(caught.value)
     assert not is_absent(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("message", "num_tries"),
+    [
+        ("AWS Error INTERNAL_FAILURE during GetObject operation", 5),
+        ("google::cloud::Status(INTERNAL: try later)", 5),
+        ("GetProperties failed. Azure Error: [ServerBusy] try later", 5),
+        ("AWS Error ACCESS_DENIED during GetObject operation", 1),
+        ("AWS Error NETWORK_CONNECTION during GetObject operation", 1),  # tried for long enough below
+        ("google::cloud::Status(PERMISSION_DENIED: no)", 1),
+        ("Azure Error: [AuthenticationFailed] no", 1),
+        ("Hub Error: 401 Client Error", 1),
+        ("Corrupt snappy compressed data", 1),
+    ],
+)
+def test_only_trouble_that_passes_is_waited_for(message: str, num_tries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mgie.storage.retry._PAUSES_S", (0.0,) * 4)
+    tries = []
+
+    def work() -> None:
+        tries.append(1)
+        raise OSError(message)
+
+    with pytest.raises(OSError, match=re.escape(message)):
+        with_retries(work)
+    assert len(tries) == num_tries
+    assert is_store_fault(OSError(message)) == ("Corrupt" not in message)
+
+
+def test_both_clients_of_s3_are_told_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "AWS_ENDPOINT_URL": "http://one",
+        "AWS_MAX_ATTEMPTS": "3",
+        "AWS_REGION": "",
+        "AWS_DEFAULT_REGION": "",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert (s3_settings().endpoint, s3_settings().region, s3_settings().attempts) == ("http://one", "us-east-1", 3)
+    assert s3_settings("http://two", attempts=7) == replace(s3_settings(), endpoint="http://two", attempts=7)
+    config = open_s3("http://two").meta
+    assert (config.endpoint_url, config.region_name) == ("http://two", "us-east-1")
+    assert (config.config.retries["total_max_attempts"], config.config.read_timeout) == (3, 30)
 
 
 def test_damaged_content_is_no_fault_of_the_store() -> None:

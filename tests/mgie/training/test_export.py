@@ -398,14 +398,13 @@ def test_a_run_in_s3_is_read_and_only_as_far_as_needed(s3: Any, tmp_path: Path, 
         read_trained(url)
 
 
-@pytest.mark.parametrize(
-    ("url", "message"),
-    [("s3://runs/none", "holds no complete checkpoint"), ("s3://gone/x", "cannot be read: .*NoSuchBucket")],
-)
-def test_an_s3_folder_without_a_checkpoint_is_refused(s3: Any, url: str, message: str) -> None:
+@pytest.mark.parametrize("url", ["s3://runs/none", "s3://gone/x"])
+def test_an_s3_folder_without_a_checkpoint_is_refused(s3: Any, url: str) -> None:
     for step in (None, 3):
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(DataError, match=f"{url} holds no complete checkpoint"):
             read_trained(url, step=step)
+    with pytest.raises(DataError, match=r"s3://gone/\.\./x cannot be read"):
+        read_trained("s3://gone/../x")
 
 
 # ---- the published layout
