@@ -59,8 +59,7 @@ def main(config: DemoConfig) -> None:
     """
     source = draw_landscape() if config.photo is None else config.photo.read_bytes()
     read_image(source)  # a wrong file fails before a cluster is started for it
-    num_gpus = 0.5 if config.device.startswith("cuda") else 0.0  # both stages share one GPU
-    args = ServingArgs(bundle=config.bundle, device=config.device, mllm_num_gpus=num_gpus, diffusion_num_gpus=num_gpus)
+    args = serving_args(config)
     print("starting Ray Serve on this machine, about half a minute ...", flush=True)
     port = config.port or free_port(prefer_usual=config.keep)
     if config.keep and config.port is None and port != USUAL_PORT:
@@ -92,6 +91,16 @@ def main(config: DemoConfig) -> None:
         print("note: the model wrote no usable visual tokens; a fallback guided the edit, which may ignore the words")
     for name in pictures:
         print(f"wrote {config.out / name}")
+
+
+def serving_args(config: DemoConfig) -> ServingArgs:
+    """What `make demo` and `make serve` serve.
+
+    Raises:
+        ConfigError: The device is none.
+    """
+    num_gpus = 0.5 if config.device.startswith("cuda") else 0.0  # both stages share one GPU
+    return ServingArgs(bundle=config.bundle, device=config.device, mllm_num_gpus=num_gpus, diffusion_num_gpus=num_gpus)
 
 
 def warn_if_untrained(details: dict[str, Any]) -> None:
