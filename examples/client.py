@@ -21,7 +21,7 @@ from openai import OpenAI, OpenAIError
 from openai.types import ImagesResponse
 from PIL import Image
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".heic"}
 
 app = tyro.extras.SubcommandApp()
 
@@ -46,7 +46,7 @@ def edit(
     """Edits one photo, and shows what the model understood.
 
     Args:
-        photo: PNG, JPEG or WebP.
+        photo: PNG, JPEG, WebP or HEIC.
         instruction: What to change.
         out: Where the result goes; of several, the second is NAME-2 and so on.
         n: Number of results.
@@ -73,7 +73,7 @@ def stream(
     """Edits one photo, and writes pictures of it on its way.
 
     Args:
-        photo: PNG, JPEG or WebP.
+        photo: PNG, JPEG, WebP or HEIC.
         instruction: What to change.
         out: Where the result goes; those on its way are NAME-partial-0 and so on.
         partial_images: How many of them at most.
@@ -98,7 +98,7 @@ def mask(
     """Edits what lies in a box; every pixel outside stays as it is.
 
     Args:
-        photo: PNG, JPEG or WebP.
+        photo: PNG, JPEG, WebP or HEIC.
         instruction: What to change.
         box: Left, top, right and bottom in pixels.
         out: Where the result goes.
@@ -127,7 +127,7 @@ def batch(
     """Edits every photo of a folder, several at a time; what is there already is not made again.
 
     Args:
-        photos: Folder of PNG, JPEG and WebP files.
+        photos: Folder of PNG, JPEG, WebP and HEIC files.
         instruction: What to change.
         out: Folder of the results, PNG files of the same names.
         seed: Of every edit.

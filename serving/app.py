@@ -5,12 +5,10 @@ field is such a `key=value`.
 """
 
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
@@ -20,29 +18,18 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from mgie.bundle.embedded import cache_folder
 from mgie.bundle.record import required_parts
 from mgie.bundle.resolve import locate_bundles
 from mgie.config import DIFFUSION_PARTS
-from mgie.errors import ConfigError
-from serving.access.keys import VARIABLE as KEYS_VARIABLE
-from serving.access.keys import KeyRing
-from serving.api.routes import build_api
-from serving.args import ServingArgs
-from serving.edits.backend import EditBackend
+from mgie.errors import ConfigError, MGIEError
+from serving.api.configured import Opened, configured_api
+from serving.args import ArgumentError, ServingArgs
 from serving.edits.cancellation import CancelBoard
-from serving.edits.results import ResultStore
-from serving.edits.safety import CheckedBackend, load_check
-from serving.jobs.runner import JobSettings
-from serving.jobs.store import JobStore
-from serving.jobs.webhooks import WebhookSettings, webhook_settings
 from serving.ray_backend import HandleBackend, HandleBoard
 from serving.stages.autoscaling import WorkPolicy
 from serving.stages.health import Monitoring
-from serving.storage.artifacts import ArtifactStore
 from serving.telemetry.logs import configure_logs
 from serving.telemetry.metrics import Metric
-from serving.telemetry.tracing import open_spans
 
 if TYPE_CHECKING:
     from serving.stages.diffusion import DiffusionStage
@@ -91,74 +78,37 @@ class Ingress:
         board: DeploymentHandle[CancelBoard],
     ) -> None:
         configure_logs(logging.getLogger(SERVE_LOGGER), shows_words=args.log_prompts)
-        self._args, self._meter, self._keys = args, RayMeter(), _open_keys(args)
-        self._backend: EditBackend = HandleBackend(
+        meter = RayMeter()
+        backend = HandleBackend(
             mllm,
             diffusion,
             max_open=args.max_open_edits,
             may_sleep=0 in (args.mllm_min_replicas, args.diffusion_min_replicas),
-            meter=self._meter,
+            meter=meter,
         )
-        if args.safety_check is not None:
-            self._backend = CheckedBackend(self._backend, load_check(args.safety_check), limits=args.limits)
-        self._board = HandleBoard(board)
-        self._store = ArtifactStore.open(args.artifacts or str(cache_folder() / "results"), ttl_s=args.artifacts_ttl_s)
-        self._store.check()  # now, rather than after the first edit that needs it
-        self._job_settings = JobSettings(
-            timeout_s=args.job_timeout_s,
-            max_running=args.max_running_jobs,
-            max_queued=args.max_queued_jobs,
-            lease_s=args.job_lease_s,
-            webhooks=_webhooks(args),
-        )
+        # Serve's proxy puts x-request-id on every answer itself.
+        self._api = configured_api(args, backend, board=HandleBoard(board), meter=meter, adds_request_id=False)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve in the replica, after the constructor."""
-        return build_api(
-            self._backend,
-            timeout_s=self._args.timeout_s,
-            limits=self._args.limits,
-            kept=ResultStore(self._store, keeps_all=self._args.keep_results),
-            jobs=JobStore(self._store, limits=self._args.limits),
-            job_settings=self._job_settings,
-            board=self._board,
-            public_url=self._args.public_url,
-            adds_request_id=False,  # Serve's proxy puts x-request-id on every answer itself
-            meter=self._meter,
-            spans=open_spans(self._args.tracing, service="Ingress"),
-            keys=self._keys,
-            edit_limits=self._args.edit_limits,
-            batch_patience_s=self._args.batch_patience_s,
-            logs_prompts=self._args.log_prompts,
-        )
+        return self._api
 
 
 def app(args: ServingArgs) -> serve.Application:
     """Builds the application; `serve run serving.app key=value ...` calls it.
 
     Raises:
-        BundleError: A bundle cannot be opened, lacks a part that a stage needs, or has the name of another.
-        ConfigError: The safety check cannot be imported, a bundle takes more than `max_steps` where an edit gives
-            none, or the keys, a webhook host or the webhook secret is wrong.
+        ArgumentError: A bundle cannot be opened or served, the store of results cannot be used, or the safety check,
+            the keys, a webhook host or its secret is wrong.
     """
+    try:
+        _check(args)
+    except MGIEError as error:
+        raise ArgumentError(str(error), param=error.param) from error
     # Here, because they need torch: this file is imported by the ingress and the board, which pass on words and bytes.
     from serving.stages.diffusion import DiffusionStage
     from serving.stages.mllm import MLLMStage
 
-    # Here already, so that a wrong name fails at once and an embedded bundle is built before replicas race for it.
-    for bundle in locate_bundles(args.bundle, *args.bundles).values():
-        bundle.config.require((*required_parts(bundle.config), *DIFFUSION_PARTS))
-        steps = bundle.config.defaults.steps
-        if steps > args.max_steps:
-            name = bundle.config.name
-            raise ConfigError(
-                f"max_steps is {args.max_steps}; bundle {name!r} takes {steps} by default", param="max_steps"
-            )
-    open_spans(args.tracing, service="")  # a wrong address, too
-    _open_keys(args)
-    _webhooks(args)
-    if args.safety_check is not None:
-        load_check(args.safety_check)
     drain_s = args.timeout_s + DRAIN_SLACK_S  # longer than the longest edit
     common: dict[str, Any] = {
         "max_ongoing_requests": args.max_ongoing_requests,
@@ -247,16 +197,17 @@ def app(args: ServingArgs) -> serve.Application:
     )
 
 
-def _webhooks(args: ServingArgs) -> WebhookSettings | None:
-    return webhook_settings(args.webhook_hosts, secret_file=args.webhook_secret_file, give_up_s=args.webhook_give_up_s)
+def _check(args: ServingArgs) -> None:
+    """Tries all that replicas will open: what is wrong is told at once, and before Ray starts anything.
 
-
-def _open_keys(args: ServingArgs) -> KeyRing | None:
-    """None: the service is open. Raises ConfigError: a key is wrong."""
-    text = os.environ.get(KEYS_VARIABLE, "")
-    if args.keys_file is None and not text:
-        return None
-    return KeyRing(Path(args.keys_file) if args.keys_file else None, text, num_sharing=args.ingress_replicas)
+    An embedded bundle is built here, before replicas race for it.
+    """
+    for bundle in locate_bundles(args.bundle, *args.bundles).values():
+        bundle.config.require((*required_parts(bundle.config), *DIFFUSION_PARTS))
+        name, steps = bundle.config.name, bundle.config.defaults.steps
+        if steps > args.max_steps:
+            raise ConfigError(f"max_steps is {args.max_steps}; bundle {name!r} takes {steps} by default")
+    Opened.of(args)
 
 
 def _logged(kind: type[Any], args: ServingArgs) -> type[Any]:

@@ -1,18 +1,44 @@
 """The arguments of the application: every field is a `key=value` of `serve run serving.app`."""
 
-from typing import Literal
+from difflib import get_close_matches
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+import click
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
 
 from mgie.config import MAX_INSTRUCTION_CHARS, MAX_RESULTS, MAX_STEPS, ImageLimits
+from mgie.errors import ConfigError
 from mgie.inference.condition_cache import DEFAULT_CACHE_BYTES
 from serving.access.limits import EditLimits
 from serving.edits.service import BATCH_PATIENCE_S
+from serving.errors import quoted
 from serving.storage.artifacts import MIN_TTL_S
 
 
+class ArgumentError(ConfigError, click.ClickException):
+    """A service cannot be started with its arguments.
+
+    `serve run` is made of click, which tells such an error in one line and ends with status 2.
+    """
+
+    exit_code = 2
+
+
 class ServingArgs(BaseModel):
-    """Arguments of the application builder."""
+    """Arguments of the application builder.
+
+    Raises:
+        ArgumentError: A name or a value is not allowed.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -21,8 +47,8 @@ class ServingArgs(BaseModel):
         (), description="More of them, separated by commas, that edits may ask for by `model`; loaded on demand"
     )
     max_loaded: int = Field(2, ge=1, description="Bundles that a stage replica holds in memory at a time")
-    device: str = Field("auto", description="auto, cpu, mps, cuda or cuda:N")
-    dtype: str = Field("auto", description="auto, float32, float16 or bfloat16")
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="Of the models' weights")
     timeout_s: float = Field(
         300.0, gt=0, description="Deadline of an edit, unless it asks for less; then it is given up with status 504"
     )
@@ -187,6 +213,14 @@ class ServingArgs(BaseModel):
             )
         return self
 
+    @model_validator(mode="wrap")  # the last of them: outside of all others
+    @classmethod
+    def _in_one_line(cls, values: Any, check: ModelWrapValidatorHandler["ServingArgs"]) -> "ServingArgs":
+        try:
+            return check(values)
+        except ValidationError as error:
+            raise ArgumentError(_told(error.errors(include_url=False)[0])) from None
+
     @property
     def edit_limits(self) -> EditLimits:
         """What one edit may ask for."""
@@ -196,3 +230,18 @@ class ServingArgs(BaseModel):
     def limits(self) -> ImageLimits:
         """What an input image may be."""
         return ImageLimits(max_bytes=self.max_image_bytes, max_pixels=self.max_image_pixels)
+
+
+def _told(problem: ErrorDetails) -> str:
+    """One sentence: the argument, its value, what is allowed."""
+    if problem["type"] == "value_error":  # of a validator above
+        return str(problem["ctx"]["error"])
+    name = str(problem["loc"][0])
+    if problem["type"] == "extra_forbidden":
+        similar = get_close_matches(name, ServingArgs.model_fields, n=1)
+        hint = f"did you mean {similar[0]}?" if similar else "docs/serving.md lists them all"
+        return f"there is no setting {quoted(name)}; {hint}"
+    allowed = problem["msg"].replace("Input should be", "it must be")
+    if problem["type"] == "string_pattern_mismatch":
+        allowed = f"it must be {ServingArgs.model_fields[name].description}"
+    return f"{name} is {quoted(problem['input'])}; {allowed}"

@@ -20,11 +20,12 @@ from mgie.errors import MGIEError
 from mgie.images.files import EditMetadata, read_image, write_image
 from mgie.tiny.world import make_sample
 from serving.args import ServingArgs
-from serving.local_cluster import USUAL_PORT, _stop, free_port, local_service, send_edit
+from serving.local_cluster import HOST, USUAL_PORT, _stop, free_port, local_service, send_edit
 
 PANEL_SIDE_PX = 512  # longer side of each half of the before/after picture
 MARGIN_PX = 16
 TEXT_PX = 16
+PATIENCE_S = 5.0  # with whatever has the usual port
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +60,11 @@ def main(config: DemoConfig) -> None:
     """
     source = draw_landscape() if config.photo is None else config.photo.read_bytes()
     read_image(source)  # a wrong file fails before a cluster is started for it
-    num_gpus = 0.5 if config.device.startswith("cuda") else 0.0  # both stages share one GPU
-    args = ServingArgs(bundle=config.bundle, device=config.device, mllm_num_gpus=num_gpus, diffusion_num_gpus=num_gpus)
+    args = serving_args(config)
     print("starting Ray Serve on this machine, about half a minute ...", flush=True)
     port = config.port or free_port(prefer_usual=config.keep)
     if config.keep and config.port is None and port != USUAL_PORT:
-        print(f"port {USUAL_PORT} is in use, taking {port}", flush=True)
+        print(f"{who_has(USUAL_PORT)}; this one gets port {port} and a Ray cluster of its own", flush=True)
     with local_service(args, port=port) as address:
         if config.keep:
             print(f"serving at {address}  (page: {address}/  API docs: {address}/docs)  stop with Ctrl-C", flush=True)
@@ -78,7 +78,8 @@ def main(config: DemoConfig) -> None:
     edited = b64decode(answer["data"][0]["b64_json"])
     expressive = answer["data"][0]["revised_prompt"]
     config.out.mkdir(parents=True, exist_ok=True)
-    pictures = {"edited.png": edited, "before_after.png": before_after(source, edited, config.instruction, expressive)}
+    pictures = {} if config.photo else {"photo.png": source}  # one to go on with
+    pictures |= {"edited.png": edited, "before_after.png": before_after(source, edited, config.instruction, expressive)}
     for name, data in pictures.items():
         (config.out / name).write_bytes(data)
     details = answer["mgie"]
@@ -92,6 +93,26 @@ def main(config: DemoConfig) -> None:
         print("note: the model wrote no usable visual tokens; a fallback guided the edit, which may ignore the words")
     for name in pictures:
         print(f"wrote {config.out / name}")
+
+
+def serving_args(config: DemoConfig) -> ServingArgs:
+    """What `make demo` and `make serve` serve.
+
+    Raises:
+        ConfigError: The device is none.
+    """
+    num_gpus = 0.5 if config.device.startswith("cuda") else 0.0  # both stages share one GPU
+    return ServingArgs(bundle=config.bundle, device=config.device, mllm_num_gpus=num_gpus, diffusion_num_gpus=num_gpus)
+
+
+def who_has(port: int) -> str:
+    """Who listens on a port of this machine: a service that runs already, and what it serves, or something else."""
+    try:
+        answer = httpx2.get(f"http://{HOST}:{port}/v1/models", timeout=PATIENCE_S).json()
+        served = [f"{model['id']} ({model['mgie']['made_by']})" for model in answer["data"]]
+    except (httpx2.HTTPError, ValueError, LookupError, TypeError):
+        return f"port {port} is in use by something else than a service without keys"
+    return f"a service runs already at http://{HOST}:{port} and serves {', '.join(served)}"
 
 
 def warn_if_untrained(details: dict[str, Any]) -> None:

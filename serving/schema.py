@@ -64,7 +64,8 @@ class EditForm(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     image: bytes | None = Field(
-        None, description="The photo: PNG, JPEG or WebP, one file (`image[]` is read as `image`)."
+        None,
+        description="The photo: PNG, JPEG, WebP or, where the service has the extra, HEIC; one file (`image[]` is read as `image`).",
     )
     previous: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
         None,
@@ -294,6 +295,7 @@ class ModelDetails(BaseModel):
     made_by: str
     work_area_px: int
     defaults: dict[str, Any] = Field(description="Sampling settings used where an edit gives none.")
+    limits: dict[str, int] = Field(description="The most that this service allows of one edit.")
     examples: list[str] = Field(description="Instructions that it can follow.")
 
 

@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from mgie.bundle.embedded import EmbeddedName, ensure_bundle
+from serving.api.configured import configured_api
 from serving.api.routes import build_api
 from serving.edits.in_process import InProcessBackend
 from serving.edits.results import ResultStore
@@ -34,6 +35,14 @@ def open_backend(bundle: EmbeddedName) -> Iterator[InProcessBackend]:
 def keeping_api(backend: InProcessBackend, folder: Path) -> FastAPI:
     """The HTTP application over a backend; results are kept in the folder."""
     return build_api(backend, timeout_s=60, kept=ResultStore(ArtifactStore.open(str(folder), ttl_s=3600)))
+
+
+def usual_api(backend: InProcessBackend, folder: Path) -> FastAPI:
+    """What `make serve` serves, over a backend in this process; results are kept in the folder."""
+    from serving.demo import DemoConfig, serving_args  # and Ray with it
+
+    args = serving_args(DemoConfig(keep=True)).model_copy(update={"artifacts": str(folder)})
+    return configured_api(args, backend)
 
 
 @contextlib.contextmanager

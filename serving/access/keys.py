@@ -8,6 +8,7 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import os
 import re
 import secrets
 import time
@@ -226,6 +227,16 @@ class KeyRing:
             callers.append(Caller(key, allowance))
         self.callers = tuple(callers)
         logger.info("%d API keys are valid: %s", len(keys), ", ".join(keys))
+
+
+def open_keys(file: str | None, *, num_sharing: int) -> KeyRing | None:
+    """The keys of a service, from its file and the environment; None: there are none, it is open to everybody.
+
+    Raises:
+        ConfigError: See `KeyRing`.
+    """
+    text = os.environ.get(VARIABLE, "")
+    return KeyRing(Path(file) if file else None, text, num_sharing=num_sharing) if file or text else None
 
 
 def _digest(key: str) -> str:

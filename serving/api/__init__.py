@@ -6,6 +6,9 @@ middleware.py    body limit, request id, figures, log line, client gone
 access_gate.py   keys and limits before a body is read
 sse.py           an edit as server-sent events
 job_routes.py    the HTTP side of jobs
+edit_routes.py   the HTTP side of edits
+info_routes.py   models, readiness, figures
 page.py          the page's files
-routes.py        the routes
+routes.py        the application with all of them
+configured.py    the same from the arguments of a service
 """

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from mgie.errors import EngineFullError
-from serving.api.responses import answer_error, edit_response
+from serving.api.responses import answer_error, documented, edit_response
 from serving.edits.service import AcceptedEdit, DeliveredEdit, EditService
 from serving.errors import BoardError, RequestError, quoted
 from serving.jobs.runner import JobRunner, JobSettings
@@ -172,42 +172,37 @@ class JobApi:
     def router(self) -> APIRouter:
         """Routes of jobs that were accepted."""
         router = APIRouter(prefix="/v1/edits")
-
-        def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-            return {status: {"model": ErrorResponse} for status in statuses}
-
-        @router.get(
-            "/{job_id}", summary="A job, and its result", responses={200: {"model": JobView}, **documented(404, 503)}
-        )
-        async def job(job_id: str) -> Response:
-            return JSONResponse(await self._view(await asyncio.to_thread(self._jobs.get, job_id)))
-
-        @router.get(
+        answer: dict[int | str, dict[str, Any]] = {200: {"model": JobView}}
+        router.get("/{job_id}", summary="A job, and its result", responses=answer | documented(404, 503))(self.job)
+        router.get(
             "/{job_id}/events",
             summary="A job at each change, until it has ended",
             response_class=StreamingResponse,
             responses={200: {"content": {"text/event-stream": {}}}, **documented(404, 503)},
-        )
-        async def job_events(request: Request, job_id: str) -> Response:
-            found = await asyncio.to_thread(self._jobs.get, job_id)
-            return StreamingResponse(
-                self._events(request, found), media_type="text/event-stream", headers={"cache-control": "no-cache"}
-            )
-
-        @router.delete(
-            "/{job_id}",
-            summary="Cancel a job that has not ended",
-            responses={200: {"model": JobView}, **documented(404, 409, 503)},
-        )
-        async def cancel_job(job_id: str) -> Response:
-            cancelled = await asyncio.to_thread(self._jobs.cancel, job_id)
-            self._meter(JOBS, status=cancelled.record.status)
-            self._runner.wake()  # it may have a webhook
-            with contextlib.suppress(BoardError):  # who runs it notices with the next heartbeat
-                await self._service.running.cancel(job_id)
-            return JSONResponse(await self._view(cancelled))
-
+        )(self.job_events)
+        router.delete(
+            "/{job_id}", summary="Cancel a job that has not ended", responses=answer | documented(404, 409, 503)
+        )(self.cancel_job)
         return router
+
+    async def job(self, job_id: str) -> Response:
+        """200 with the job."""
+        return JSONResponse(await self._view(await asyncio.to_thread(self._jobs.get, job_id)))
+
+    async def job_events(self, request: Request, job_id: str) -> Response:
+        """200 with a stream of its changes."""
+        found = await asyncio.to_thread(self._jobs.get, job_id)
+        headers = {"cache-control": "no-cache"}
+        return StreamingResponse(self._events(request, found), media_type="text/event-stream", headers=headers)
+
+    async def cancel_job(self, job_id: str) -> Response:
+        """200 with the job, which is cancelled."""
+        cancelled = await asyncio.to_thread(self._jobs.cancel, job_id)
+        self._meter(JOBS, status=cancelled.record.status)
+        self._runner.wake()  # it may have a webhook
+        with contextlib.suppress(BoardError):  # who runs it notices with the next heartbeat
+            await self._service.running.cancel(job_id)
+        return JSONResponse(await self._view(cancelled))
 
     async def _view(self, job: Job) -> dict[str, Any]:
         return await asyncio.to_thread(

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -42,7 +43,17 @@ from serving.errors import (
     UnknownKeyError,
     quoted,
 )
-from serving.schema import BatchPlace, EditDetails, EditedImage, EditResponse, EnginePlace, InputTokens, Timings, Usage
+from serving.schema import (
+    BatchPlace,
+    EditDetails,
+    EditedImage,
+    EditResponse,
+    EnginePlace,
+    ErrorResponse,
+    InputTokens,
+    Timings,
+    Usage,
+)
 
 logger = logging.getLogger("serving.api.responses")
 
@@ -89,6 +100,12 @@ ANSWERS: tuple[tuple[type[MGIEError], Answer], ...] = (
     (CancelledEditError, Answer(409, "cancelled", _NO_RETRY)),
     (DeadlineError, Answer(504, "deadline_exceeded", _NO_RETRY)),
 )
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Errors of a route, for the OpenAPI document."""
+    return {status: {"model": ErrorResponse} for status in statuses}
+
 
 # Names inside the product -> names of the form.
 _FORM_NAMES = {"instruction": "prompt", "format": "output_format", "quality": "output_compression"}

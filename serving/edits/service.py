@@ -103,6 +103,10 @@ class EditService:
         self._spans = spans
         self.running = RunningEdits(board)
 
+    def check_room(self) -> None:
+        """Raises EngineFullError if no edit would be taken on now."""
+        self._backend.check_room()
+
     async def models(self) -> tuple[BundleInfo, ...]:
         """The served bundles, asked for once: they cannot change under a running application."""
         if not self._models:

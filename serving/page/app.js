@@ -337,7 +337,7 @@ function showModel() {
   const { id, mgie } = served.find((model) => model.id === element("model").value);
   element("untrained-name").textContent = id;
   show("untrained", !mgie.trained);
-  useDefaults(mgie.defaults);
+  useDefaults(mgie.defaults, mgie.limits);
   const [first] = element("examples").children;
   const fill = ({ target }) => {
     element("prompt").value = target.textContent;

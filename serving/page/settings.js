@@ -7,23 +7,22 @@ const form = element("settings-form");
 
 // A scale of 1 switches guidance off, so what lies above 1 is scaled.
 const guidance = (factor) => (defaults) => Math.round((1 + (defaults.guidance_scale - 1) * factor) * 100) / 100;
-const USUAL_LIMIT = 100; // of steps, unless the operator allows more: "fine" shall not be refused
-const steps = (factor) => (defaults) =>
-  Math.max(1, Math.min(Math.round(defaults.steps * factor), Math.max(USUAL_LIMIT, defaults.steps)));
+const steps = (factor) => (defaults, limits) => Math.max(1, Math.min(Math.round(defaults.steps * factor), limits.steps));
 
 const PRESETS = {
   strength: { field: "guidance_scale", choices: { subtle: guidance(0.6), balanced: null, strong: guidance(1.5) } },
   care: { field: "steps", choices: { draft: steps(0.5), normal: null, fine: steps(2) } },
 };
 
-/** Shows the defaults of a model. */
-export function useDefaults(defaults) {
+/** Shows the defaults of a model, and takes no more than the service allows. */
+export function useDefaults(defaults, limits) {
+  for (const name of ["n", "steps"]) form[name].max = limits[name];
   for (const name of ["steps", "guidance_scale", "image_guidance_scale"]) form[name].placeholder = defaults[name];
   for (const [id, { field, choices }] of Object.entries(PRESETS)) {
     const given = checkedOf(id);
     element(id).replaceChildren(
       ...Object.entries(choices).map(([word, numberOf]) => {
-        const value = numberOf ? String(numberOf(defaults)) : "";
+        const value = numberOf ? String(numberOf(defaults, limits)) : "";
         const input = make("input", { type: "radio", name: id, value, checked: value === form[field].value });
         input.addEventListener("change", () => (form[field].value = value));
         return make("label", { title: `${field.replace("_", " ")} ${value || defaults[field]}` }, input, make("span", {}, word));

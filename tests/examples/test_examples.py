@@ -18,18 +18,19 @@ from PIL import Image
 
 from mgie.images.files import read_image, read_metadata
 from mgie.tiny.world import make_sample
-from tests.live import keeping_api, listening, open_backend
+from tests.live import listening, open_backend, usual_api
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("kept")
-    with open_backend("tiny") as backend, listening(keeping_api(backend, folder)) as started:
+    with open_backend("tiny") as backend, listening(usual_api(backend, folder)) as started:
         yield started
 
 
@@ -114,18 +115,14 @@ def test_the_client_says_what_is_wrong(client: Run) -> None:
     assert "steps" in client("edit", "photo.jpg", "make it night", "--steps", "0", code=1).stderr
 
 
-def shell_commands() -> list[str]:
-    return re.findall(r"```sh\n(.*?)```", (EXAMPLES / "curl.md").read_text(encoding="utf-8"), re.DOTALL)
+def commands_of(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_every_command_of_the_shell_page_does_what_it_says(address: str, folder: Path) -> None:
+def run_commands(commands: list[str], folder: Path, address: str) -> str:
+    """What they print, where all of them succeed."""
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
-    mask = Image.new("RGBA", (256, 192), "black")
-    mask.paste((0, 0, 0, 0), (0, 0, 100, 192))
-    mask.save(folder / "mask.png")
-    commands = shell_commands()
-    assert len(commands) > 8
     script = "set -euo pipefail\n" + "\n".join(f"echo '== {i}'\n{command}" for i, command in enumerate(commands))
     done = subprocess.run(
         ["bash", "-c", script],
@@ -136,16 +133,34 @@ def test_every_command_of_the_shell_page_does_what_it_says(address: str, folder:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_first_commands_of_the_page_on_jobs_bring_one_to_its_end(address: str, folder: Path) -> None:
+    command, *_ = commands_of("docs/jobs.md", "bash")
+    said = run_commands([command.replace("http://localhost:8000", address)], folder, address)
+    events = [json.loads(line.removeprefix("data: ")) for line in said.splitlines() if line.startswith("data: ")]
+    assert (events[-1]["status"], events[-1]["result"]["mgie"]["trained"]) == ("done", True)
+    assert '"code":"job_ended"' in said
+
+
+def test_every_command_of_the_shell_page_does_what_it_says(address: str, folder: Path) -> None:
+    mask = Image.new("RGBA", (256, 192), "black")
+    mask.paste((0, 0, 0, 0), (0, 0, 100, 192))
+    mask.save(folder / "mask.png")
+    commands = commands_of("examples/curl.md", "sh")
+    assert len(commands) > 8
+    said = run_commands(commands, folder, address)
     answers = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
     assert set(answers) == {"answer", "own-words", "kept", "second-turn", "part", "cancelled", "json"}
     assert answers.pop("cancelled")["error"]["code"] == "cancelled"
     assert all("mgie" in answer for answer in answers.values())
     assert answers["own-words"]["data"][0]["revised_prompt"].startswith("Dark blue sky")
     assert (answers["own-words"]["mgie"]["steps"], answers["own-words"]["mgie"]["guidance_scale"]) == (12, 2)
-    assert answers["answer"]["data"][0]["revised_prompt"] in done.stdout
+    assert answers["answer"]["data"][0]["revised_prompt"] in said
     assert pixels(folder / "night.png").shape == pixels(folder / "kept.png").shape == (192, 256, 3)
-    assert ': expressive "' in done.stdout
-    assert "event: image_edit.completed" in done.stdout
+    assert ': expressive "' in said
+    assert "event: image_edit.completed" in said
 
 
 def test_the_notebook_runs_from_top_to_bottom() -> None:

@@ -4,6 +4,7 @@ import contextlib
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -12,7 +13,7 @@ from PIL import ImageFont
 from mgie.errors import ImageError
 from mgie.images.files import read_image
 from serving.args import ServingArgs
-from serving.demo import DemoConfig, before_after, draw_landscape, main, wrap
+from serving.demo import DemoConfig, before_after, draw_landscape, main, who_has, wrap
 from serving.edits.in_process import InProcessBackend
 from serving.local_cluster import HOST, free_port
 from serving.stages.diffusion import DiffusionStage
@@ -53,6 +54,22 @@ def test_a_free_port_is_free_and_a_taken_one_is_said_to_be() -> None:
         taken.listen()
         with pytest.raises(OSError, match="in use"):
             main(DemoConfig(port=port, bundle="random"))
+
+
+def test_a_second_service_tells_what_the_first_one_is_and_serves(
+    mllm: MLLMStage, diffusion: DiffusionStage, tmp_path: Path
+) -> None:
+    port = free_port(prefer_usual=False)
+    with listening(keeping_api(InProcessBackend(mllm, diffusion), tmp_path), port=port):
+        assert who_has(port).startswith(f"a service runs already at http://{HOST}:{port} and serves random")
+
+    async def other(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"[]"})
+
+    with listening(other) as address:
+        assert "something else" in who_has(int(address.rpartition(":")[2]))
 
 
 def test_a_file_that_is_no_photo_fails_before_a_cluster_is_started(tmp_path: Path) -> None:
