@@ -15,7 +15,8 @@
     ├── DeadlineError            an edit was not done in its time
     └── ParityError              a folder of reference vectors cannot be read
     RuntimeError
-    └── EngineClosedError        the engine was closed before the edit ended
+    ├── EngineClosedError        the engine was closed before the edit ended
+    └── EditStoppedError         the caller's own step callback stopped the edit
 
 A message names the thing, the value got and the value allowed. Knows nothing of HTTP: `serving`
 maps these classes to status codes in one table.
@@ -101,3 +102,7 @@ class ParityError(MGIEError):
 
 class EngineClosedError(RuntimeError):
     """The engine was closed before the edit was done."""
+
+
+class EditStoppedError(RuntimeError):
+    """The caller's own step callback stopped the edit by returning False."""

@@ -97,7 +97,7 @@ def test_settings_reach_the_edit(run: Run, tmp_path: Path) -> None:
         "image": ("--image-guidance-scale", "3"),
         "words": ("--expressive", "A dark [red] sky."),
         "seed": ("--seed", "2"),
-        "square": ("--square-crop", "True"),
+        "square": ("--square-crop",),
     }
     outputs = {}
     for name, flags in variants.items():
@@ -116,7 +116,11 @@ def test_a_folder_is_edited_into_a_folder(run: Run, tmp_path: Path) -> None:
     (tmp_path / "photos" / "notes.txt").write_text("not an image")
     done = run("edit", tmp_path / "photos", "make it night", "--out", "results", "--format", "jpeg", *FAST)
     assert done.status == 0
-    assert sorted(p.name for p in (tmp_path / "results").iterdir()) == ["a-2.jpeg", "a.jpeg", "b.jpeg"]
+    assert sorted(p.name for p in (tmp_path / "results").iterdir()) == [
+        "a-edited-2.jpeg",
+        "a-edited.jpeg",
+        "b-edited.jpeg",
+    ]
     assert done.out.count("seed ") == 3
     assert all(load_picture(p)[0] == "JPEG" for p in (tmp_path / "results").iterdir())
 
@@ -135,13 +139,13 @@ def test_a_bad_edit_of_several_fails_alone(run: Run, tmp_path: Path) -> None:
     (tmp_path / "edits.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n")
     done = run("edit", tmp_path / "edits.jsonl", "--seed", "9", *FAST)
     assert done.status == 1
-    assert sorted(p.name for p in (tmp_path / "edited").iterdir()) == ["good-4.png", "good.png"]
+    assert sorted(p.name for p in (tmp_path / "edited").iterdir()) == ["good-edited-4.png", "good-edited.png"]
     assert "4 of 6 edits failed" in done.err
     for text in ("missing.png cannot be read: No such file", "unknown format", "prompt is empty", "seed is -1"):
         assert done.err.count(text) == 1, text
     # The row's own seed and words come before those of the command line.
-    assert "good.png  seed 3" in done.out
-    assert "good-4.png  seed 9" in done.out
+    assert "good-edited.png  seed 3" in done.out
+    assert "good-edited-4.png  seed 9" in done.out
     assert "A hat [/red]." in done.out
     assert "Traceback" not in done.err
 

@@ -10,9 +10,10 @@ from PIL import Image
 
 from mgie.bundle.bundle import Bundle
 from mgie.config import MAX_INSTRUCTION_CHARS, MAX_SEED, GenerationConfig, ImageLimits, random_seed
-from mgie.editor import Editor, load_source
+from mgie.editor import Editor
 from mgie.errors import BundleError, ConfigError, ImageError, ImageTooLargeError, PromptError
 from mgie.images.files import AI_EDITED, output_format, read_metadata
+from mgie.images.pictures import load_image
 
 WORDS = "make it night"
 SHORT = GenerationConfig(max_new_tokens=4)  # what the untrained model writes is of no interest here
@@ -51,7 +52,7 @@ def test_the_words_alone_are_those_of_the_edit(editor: Editor) -> None:
     words = editor.derive(picture(), WORDS, generation=SHORT)
     result = edit(editor)
     assert words.expressive == result.expressive
-    assert torch.equal(words.edit_condition.condition, result.edit_condition.condition)
+    assert torch.equal(words.condition, result.edit_condition.condition)
     assert editor.derive(picture(), WORDS, expressive="a dark sky").expressive == "a dark sky"
 
 
@@ -123,7 +124,7 @@ def test_a_fallback_is_reported(editor: Editor) -> None:
 
 def test_on_step_counts_every_step(editor: Editor) -> None:
     seen: list[tuple[int, int]] = []
-    edit(editor, steps=3, on_step=lambda done, total: seen.append((done, total)))
+    edit(editor, steps=3, on_step=lambda step: seen.append((step.done, step.total)))
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
@@ -167,7 +168,8 @@ def test_a_file_name_without_a_format_is_refused_before_anything_is_written(edit
         ({"image_guidance_scale": 51.0}, "image_guidance_scale"),
         ({"seed": -1}, "seed"),
         ({"seed": MAX_SEED + 1}, "seed"),
-        ({"strength": 1}, "strength"),
+        ({"n": 0}, "n"),
+        ({"seed": MAX_SEED, "n": 2}, "seed"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_name_before_any_work(
@@ -180,7 +182,7 @@ def test_a_wrong_setting_is_refused_by_name_before_any_work(
             raise AssertionError(f"{name} was asked for")
 
     idle = Editor.__new__(Editor)
-    idle.__dict__.update(bundle=random_bundle.config, _conditioner=Untouched(), _renderer=Untouched())
+    idle.__dict__.update(bundle=random_bundle.config, _conditioner=Untouched(), renderer=Untouched())
     with pytest.raises(ConfigError) as caught:
         edit(idle, **given)
     assert caught.value.param == param
@@ -211,7 +213,7 @@ def test_bytes_path_and_image_give_the_same_source(tmp_path: Path) -> None:
     image.save(tmp_path / "a.png")
     expected = image.tobytes()
     for source in (image, tmp_path / "a.png", str(tmp_path / "a.png"), (tmp_path / "a.png").read_bytes()):
-        loaded = load_source(source)
+        loaded = load_image(source)
         assert (loaded.mode, loaded.size, loaded.tobytes()) == ("RGB", image.size, expected)
 
 
@@ -232,13 +234,13 @@ def translucent(mode: str) -> Image.Image:
 def test_transparency_of_an_image_object_is_composited_over_white_as_in_a_file(mode: str) -> None:
     image = translucent(mode)
     before = (image.mode, dict(image.info), image.tobytes())
-    loaded = load_source(image)
+    loaded = load_image(image)
     assert loaded.getpixel((5, 5)) == (255, 255, 255)
     assert loaded.getpixel((35, 5)) != (255, 255, 255)
     assert (image.mode, dict(image.info), image.tobytes()) == before  # the caller's image stays as it is
     file = io.BytesIO()
     image.save(file, "PNG")
-    assert load_source(file.getvalue()).tobytes() == loaded.tobytes()
+    assert load_image(file.getvalue()).tobytes() == loaded.tobytes()
 
 
 def grey(image: Image.Image) -> Image.Image:
@@ -260,7 +262,7 @@ def black_and_white(image: Image.Image) -> Image.Image:
 @pytest.mark.parametrize("change", [grey, sixteen_bit, cmyk, black_and_white])
 def test_an_image_object_of_any_mode_is_taken(change: Callable[[Image.Image], Image.Image]) -> None:
     image = picture()
-    loaded = load_source(change(image))
+    loaded = load_image(change(image))
     expected = image if change is cmyk else image.convert("1" if change is black_and_white else "L").convert("RGB")
     assert loaded.tobytes() == expected.tobytes()
 
@@ -271,9 +273,9 @@ def test_an_image_object_is_turned_upright_as_a_file_is(tmp_path: Path) -> None:
     exif[0x0112] = 6
     image.save(tmp_path / "a.png", exif=exif)
     with Image.open(tmp_path / "a.png") as opened:
-        loaded = load_source(opened)
+        loaded = load_image(opened)
     assert loaded.size == (20, 40)
-    assert loaded.tobytes() == load_source(tmp_path / "a.png").tobytes()
+    assert loaded.tobytes() == load_image(tmp_path / "a.png").tobytes()
     assert not loaded.info
     assert not loaded.getexif()
 
@@ -285,7 +287,7 @@ def test_limits_hold_for_every_kind_of_source(tmp_path: Path) -> None:
         image.save(tmp_path / "a.png")
         for source in (image, tmp_path / "a.png", (tmp_path / "a.png").read_bytes()):
             with pytest.raises(kind, match="each side must be 16 to 50 px"):
-                load_source(source, limits)
+                load_image(source, limits)
 
 
 def test_what_cannot_be_read_is_an_image_error(tmp_path: Path) -> None:
@@ -294,7 +296,7 @@ def test_what_cannot_be_read_is_an_image_error(tmp_path: Path) -> None:
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:300])
     for source in (tmp_path / "none.png", tmp_path, tmp_path / "a.png", b"", tmp_path / "cut.png"):
         with pytest.raises(ImageError) as caught:
-            load_source(source)
+            load_image(source)
         assert caught.value.param == "image"
     with Image.open(tmp_path / "cut.png") as opened, pytest.raises(ImageError):
-        load_source(opened)
+        load_image(opened)
