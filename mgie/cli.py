@@ -151,7 +151,7 @@ def edit(
                 yield from (((item, t), one) for t, one in zip(item.targets, made, strict=True) if t not in there)
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         overall = bar.add_task("edits", total=num_results, visible=num_results > 1)
         steps = bar.add_task("steps", total=None)
         stream = editor.stream(

@@ -5,6 +5,7 @@ the command line, of bulk jobs and of the samples of a training run.
 """
 
 import contextlib
+import io
 import operator
 import time
 from collections import defaultdict
@@ -39,7 +40,7 @@ from mgie.inference.renderer import Renderer, RenderRequest, RenderStep
 from mgie.model.prompts import check_text
 from mgie.storage.folder import open_folder
 
-Picture = Image.Image | str | Path | bytes | IO[bytes] | NDArray[Any] | Tensor
+Picture = Image.Image | str | Path | bytes | IO[bytes] | io.BufferedIOBase | NDArray[Any] | Tensor
 "see `load_image`"
 K = TypeVar("K")
 OnStep = Callable[[RenderStep], object]
