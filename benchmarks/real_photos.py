@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mgie.editor import Editor, load_source
+from mgie.editor import Editor
+from mgie.images.pictures import load_image
 from mgie.tiny.world.filters import Filter, FilterName, apply_filter
 
 Floats = npt.NDArray[np.float64]
@@ -70,7 +71,7 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="write a contact sheet: a photo per row, an operation per column")
     given = parser.parse_args()
     editor = Editor.load(given.bundle)
-    photos = [load_source(path) for path in sorted(given.photos.glob("*.jpg"))]
+    photos = [load_image(path) for path in sorted(given.photos.glob("*.jpg"))]
     rows: list[list[Image.Image]] = [[photo] for photo in photos]
     ours, plain = [], []
     print(f"{'operation':16} direction  L1 x100: detail transfer, scaled up, untouched")

@@ -8,10 +8,11 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import tyro
 from rich.console import Console
@@ -19,144 +20,175 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mgie import __version__
 from mgie.bundle.record import BundleRecord
 from mgie.bundle.resolve import locate_bundle
-from mgie.config import BundleConfig, KeptDtype, Sampler, Sources, WeightKind
-from mgie.data.edit_list import parse_edit_list
+from mgie.config import (
+    MAX_RESULTS,
+    MAX_SEED,
+    BundleConfig,
+    EditOverrides,
+    ImageLimits,
+    KeptDtype,
+    Sources,
+    WeightKind,
+    check_range,
+)
+from mgie.data.edit_list import number_names, parse_edit_list
 from mgie.errors import ConfigError, DataError, ImageError, MGIEError
-from mgie.images.files import OutputFormat, output_format
+from mgie.images.files import IMAGE_SUFFIXES, OutputFormat, output_format
+from mgie.images.pictures import load_image, load_mask
 from mgie.model.prompts import check_text
-
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".heic", ".heif")
 
 out = Console()
 err = Console(stderr=True)
+_MAX_NAMED = 10  # skipped files, one by one
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Edit:
-    """One edit to do."""
+    """One edit to do, and where its results go."""
 
     image: Path
     instruction: str
-    target: Path
-    expressive: str | None = None
-    seed: int | None = None
+    expressive: str | None
+    seed: int | None
+    targets: tuple[Path, ...]
+
+
+class EditFlags(TypedDict, total=False):
+    """What need not be given."""
+
+    out: Path
+    "file for one image (default: NAME-edited.png here), folder otherwise (default: ./edited)"
+    seed: int
+    "the same seed gives the same result; default: a random one, which is printed"
+    mask: Path
+    "image of the photo's size that says where it may change: where it is transparent or, if nowhere, white"
+    expressive: str
+    "your own expressive instruction, in place of a derived one"
+    output_compression: int
+    "quality of jpeg and webp, 0 to 100; default: 95 and 90"
 
 
 def edit(
     source: Annotated[Path, tyro.conf.Positional],
-    instruction: Annotated[str, tyro.conf.Positional] = "",
+    words: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[WORDS ...]")] = (),
     /,
     *,
-    out: Path | None = None,
-    bundle: str = "tiny",
-    seed: int | None = None,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    image_guidance_scale: float | None = None,
-    sampler: Sampler | None = None,
-    square_crop: bool | None = None,
-    detail_transfer: bool | None = None,
-    expressive: str | None = None,
+    flags: Annotated[EditFlags, tyro.conf.arg(name="")],
+    given: Annotated[EditOverrides, tyro.conf.arg(name="")],
+    n: int = 1,
     format: OutputFormat = "png",  # noqa: A002  # the flag's name
+    max_pixels: int = ImageLimits.max_pixels,
+    batch_size: int = 8,
+    bundle: str = "tiny",
     device: str = "auto",
     dtype: str = "auto",
     overwrite: bool = False,
 ) -> int:
     """Edit an image, a folder of images, or the edits listed in a JSONL file.
 
+    Results are named NAME-edited.png, further ones of that name NAME-edited-2.png and so on. Of a folder or a list,
+    results that are there are not made again: after an interruption the same command makes the rest.
+
     Args:
         source: An image; a folder of images, all edited by the same instruction; or a .jsonl file of objects
             with "image" (relative to the file), "instruction" and optionally "expressive" and "seed".
-        instruction: What to change, for example "make it night". Not with a .jsonl file.
-        out: File for one image (default: NAME-edited.png here), folder otherwise (default: ./edited).
+        words: What to change, for example "make it night". Not with a .jsonl file.
+        flags: What need not be given.
+        given: Settings; the others are the bundle's defaults.
+        n: Results of each image; each has the next seed.
+        format: File format of results that --out does not name.
+        max_pixels: Largest image to take; its file may have four bytes a pixel, and at least 20 MiB.
+        batch_size: Images that are made at a time.
         bundle: tiny (embedded), a folder, a hub id or s3://bucket/prefix.
-        seed: The same seed gives the same result; default: a random one, which is printed.
-        steps: Denoising steps; default: the bundle's.
-        guidance_scale: How strongly to follow the words; default: the bundle's.
-        image_guidance_scale: How strongly to keep to the source; default: the bundle's.
-        sampler: Sampling algorithm; default: the bundle's.
-        square_crop: Crop to the centre square as the published pipeline does.
-        detail_transfer: Make the change to the photo's own pixels, so that what is not edited stays sharp;
-            default: the bundle's.
-        expressive: Your own expressive instruction, in place of a derived one.
-        format: File format in a folder of results.
         device: auto, cpu, mps, cuda or cuda:N.
         dtype: auto, float32, bfloat16 or float16.
-        overwrite: Replace results that exist.
+        overwrite: Make results again that exist.
     """
-    edits = list(_edits(source, instruction, target=out, suffix=format, expressive=expressive, seed=seed))
-    taken = [item.target for item in edits if item.target.exists()]
-    if taken and not overwrite:
-        raise ConfigError(f"{taken[0]} exists; choose another --out or give --overwrite", param="out")
-    if source.suffix != ".jsonl":  # of a list, only the row at fault fails
-        check_text(instruction, "instruction")
-    for item in edits:
-        if item.target.parent.exists() and not item.target.parent.is_dir():
-            raise ConfigError(f"{item.target.parent} is a file; --out must be a folder here", param="out")
-        output_format(item.target)
-    from mgie.editor import Editor  # here and below, because it needs torch: `--help`, `info` and refusals do without
+    limits = ImageLimits(max_pixels=max_pixels, max_bytes=max(ImageLimits.max_bytes, 4 * max_pixels))
+    is_single = source.is_file() and source.suffix != ".jsonl"  # of several edits, only the one at fault fails
+    check_range("n", n, 1, MAX_RESULTS)
+    check_range("batch_size", batch_size, 1, 1000)
+    check_range("seed", flags.get("seed", 0), 0, MAX_SEED)
+    edits = _list_edits(source, " ".join(words), flags, suffix=format, n=n)
+    quality = _check_target(edits[0].targets[0], flags.get("output_compression"))
+    there = set() if overwrite else {target for item in edits for target in item.targets if target.exists()}
+    if there and is_single:
+        raise ConfigError(f"{min(there)} exists; choose another --out or give --overwrite", param="out")
+    if there:
+        err.print(f"skipped {len(there)} results that are there; --overwrite makes them again", soft_wrap=True)
+    edits = [item for item in edits if not there.issuperset(item.targets)]
+    num_results, num_done, num_failed = sum(target not in there for item in edits for target in item.targets), 0, 0
+    if not edits:
+        return 0
+    settings = locate_bundle(bundle).config.defaults.override(**given)
+    mask = load_mask(flags["mask"], limits) if "mask" in flags else None
+    if is_single:
+        load_image(source, limits)
+    from mgie.editor import CheckedEdit, Editor  # here: it needs torch, which `--help`, `info` and refusals do without
 
     editor = Editor.load(bundle, device=device, dtype=dtype)
     _warn_untrained(editor.bundle)
-    settings: dict[str, Any] = {
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "image_guidance_scale": image_guidance_scale,
-        "sampler": sampler,
-        "square_crop": square_crop,
-        "detail_transfer": detail_transfer,
-    }
-    editor.bundle.defaults.override(**settings)  # refuses bad settings before the first edit
-    failed = 0
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-    ) as bar:
-        overall = bar.add_task("edits", total=len(edits), visible=len(edits) > 1)
+
+    def fail(item: _Edit, error: Exception, targets: Sequence[Path]) -> None:
+        nonlocal num_failed
+        if is_single:
+            raise error
+        num_failed += len(targets)
+        err.print(f"{item.image}: {error}", style="red", markup=False, soft_wrap=True)
+
+    def checked() -> Iterator[tuple[tuple[_Edit, Path], CheckedEdit]]:
+        asked: dict[str, Any] = {"settings": settings, "mask": mask, "n": n}
         for item in edits:
-            task = bar.add_task(item.image.name, total=None)
             try:
-                result = editor.edit(
-                    item.image,
-                    item.instruction,
-                    seed=item.seed,
-                    expressive=item.expressive,
-                    on_step=lambda done, total, task=task: bar.update(task, completed=done, total=total),  # type: ignore[misc]
-                    **settings,
-                )
-                item.target.parent.mkdir(parents=True, exist_ok=True)
-                result.save(item.target)
-            except (MGIEError, OSError) as error:
-                if len(edits) == 1:
-                    raise
-                failed += 1
-                err.print(f"{item.image}: {error}", style="red", markup=False, soft_wrap=True)
+                image = load_image(item.image, limits)
+                made = editor.check(image, item.instruction, expressive=item.expressive, seed=item.seed, **asked)
+            except MGIEError as error:
+                fail(item, error, [target for target in item.targets if target not in there])
             else:
-                note = " (no visual tokens came: the words may have had no effect)" if result.used_fallback else ""
-                _print_result(item, result.expressive, result.seed, note)
-            bar.remove_task(task)
-            bar.advance(overall)
-    if failed:
-        err.print(f"{failed} of {len(edits)} edits failed")
-    return 1 if failed else 0
+                yield from (((item, t), one) for t, one in zip(item.targets, made, strict=True) if t not in there)
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        overall = bar.add_task("edits", total=num_results, visible=num_results > 1)
+        steps = bar.add_task("steps", total=None)
+        stream = editor.stream(
+            checked(),
+            batch_size=batch_size,
+            on_step=lambda step: bar.update(steps, completed=step.done, total=step.total),
+        )
+        try:
+            for (item, target), result in stream:
+                try:
+                    if isinstance(result, Exception):
+                        raise result
+                    result.save(target, quality=quality)
+                except (MGIEError, OSError, RuntimeError) as error:
+                    fail(item, error, [target])
+                else:
+                    num_done += 1
+                    note = " (no visual tokens came: the words may have had no effect)" if result.used_fallback else ""
+                    _print_result(target, result.expressive, result.seed, note)
+                bar.update(overall, completed=num_done + num_failed)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{num_done} of {num_results} results are made; the same command goes on") from None
+    if num_failed:
+        err.print(f"{num_failed} of {num_results} edits failed")
+    return 1 if num_failed else 0
 
 
-def _print_result(item: _Edit, expressive: str, seed: int, note: str) -> None:
-    out.print(f"{item.target}  seed {seed}{note}", markup=False, soft_wrap=True)
+def _print_result(target: Path, expressive: str, seed: int, note: str) -> None:
+    out.print(f"{target}  seed {seed}{note}", markup=False, soft_wrap=True)
     if expressive:
         out.print(f"  {expressive}", markup=False, soft_wrap=True)
 
 
-def _edits(
-    source: Path, instruction: str, *, target: Path | None, suffix: str, expressive: str | None, seed: int | None
-) -> Iterator[_Edit]:
-    """The edits that the arguments name, each with its own target."""
+def _list_edits(source: Path, instruction: str, flags: EditFlags, *, suffix: str, n: int) -> list[_Edit]:
+    """The edits that the arguments name, each with its own targets."""
+    out, stem = flags.get("out"), None
+    folder = out or Path("edited")
     if source.suffix == ".jsonl":
         if instruction:
             raise ConfigError(
@@ -164,25 +196,57 @@ def _edits(
             )
         rows = _read_list(source)
     elif source.is_dir():
-        images = sorted(path for path in source.iterdir() if path.suffix.lower() in _IMAGE_SUFFIXES)
-        if not images:
-            raise ImageError(f"{source} holds no image; looked for {', '.join(_IMAGE_SUFFIXES)}")
-        rows = [{"image": image, "instruction": instruction} for image in images]
+        if folder.resolve() == source.resolve():
+            raise ConfigError(f"--out is {out}, the folder of the photos; it must be another one", param="out")
+        rows = [{"image": image} for image in _list_images(source)]
     elif source.is_file():
-        single = Path(f"{source.stem}-edited.png") if target is None else target
-        yield _Edit(image=source, instruction=instruction, target=single, expressive=expressive, seed=seed)
-        return
+        rows = [{"image": source}]
+        folder = out or Path()
+        if out is not None and not out.is_dir():
+            output_format(out)
+            folder, stem, suffix = out.parent, out.stem, out.suffix.removeprefix(".")
     else:
         raise ImageError(f"{source} is neither a file nor a folder")
-    folder, names = target or Path("edited"), set[str]()
-    for row in rows:
-        name, count = row["image"].stem, 1
-        while name in names:
-            count += 1
-            name = f"{row['image'].stem}-{count}"
-        names.add(name)
-        defaults = {"expressive": expressive, "seed": seed}
-        yield _Edit(**(defaults | row), target=folder / f"{name}.{suffix}")
+    if source.suffix != ".jsonl":
+        check_text(instruction, "instruction")
+    names = number_names(stem or f"{row['image'].stem}-edited" for row in rows for _ in range(n))
+    given = {"instruction": instruction, "expressive": flags.get("expressive"), "seed": flags.get("seed")}
+    return [_Edit(**given | row, targets=tuple(folder / f"{next(names)}.{suffix}" for _ in range(n))) for row in rows]
+
+
+def _list_images(folder: Path) -> list[Path]:
+    """Images of a folder, sorted; says what else is there."""
+    found = sorted(folder.iterdir())
+    shown = [path for path in found if not path.name.startswith(".")]
+    images = [path for path in shown if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+    others = [f"{path.name}/" if path.is_dir() else path.name for path in shown if path not in images]
+    if len(others) > _MAX_NAMED:
+        others[_MAX_NAMED:] = [f"and {len(others) - _MAX_NAMED} more"]
+    notes = [f"no images: {', '.join(others)}"] if others else []
+    notes += [f"{len(found) - len(shown)} hidden files"] if len(shown) < len(found) else []
+    if not images:
+        raise ImageError(f"{folder} holds no image; looked for {', '.join(IMAGE_SUFFIXES)}")
+    if notes:
+        err.print(f"skipped {'; '.join(notes)}", markup=False, soft_wrap=True)
+    return images
+
+
+def _check_target(target: Path, output_compression: int | None) -> int | None:
+    """The quality that `write_image` takes. Raises ConfigError, ImageError: it could not be written as asked."""
+    if output_format(target) == "png" and output_compression is not None:
+        raise ConfigError(
+            f"output_compression is {output_compression}; png is lossless and takes none", param="output_compression"
+        )
+    check_range("output_compression", output_compression or 0, 0, 100)
+    folder = next(path for path in target.absolute().parents if path.exists())
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; --out must be a folder here", param="out")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written to: {error.strerror}; choose another --out") from error
+    return None if output_compression is None else max(1, output_compression)  # the encoders count from 1
 
 
 def _read_list(path: Path) -> list[dict[str, Any]]:
@@ -397,11 +461,15 @@ def main() -> None:
         "parity": parity,
         "info": info,
     }
+    if sys.argv[1:] == ["--version"]:
+        out.print(f"mgie {__version__}", highlight=False)
+        sys.exit(0)
     try:
         status = tyro.extras.subcommand_cli_from_dict(commands, prog="mgie", description="Edit photos with words.")
     except (MGIEError, OSError) as error:
         err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         status = 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
+        err.print(f"stopped{': ' if stopped.args else ''}{stopped}", soft_wrap=True)
         status = 130
     sys.exit(status)

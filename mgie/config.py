@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 from mgie.errors import BundleError, ConfigError
 
@@ -117,6 +117,23 @@ class EditSettings:
         if unknown:
             raise ConfigError(f"unknown setting {', '.join(unknown)}", param=unknown[0])
         return dataclasses.replace(self, **{name: value for name, value in given.items() if value is not None})
+
+
+class EditOverrides(TypedDict, total=False):
+    """Fields of `EditSettings` that one edit is given; the others are its bundle's defaults."""
+
+    steps: int
+    "denoising steps"
+    guidance_scale: float
+    "how strongly to follow the words"
+    image_guidance_scale: float
+    "how strongly to keep to the source"
+    sampler: Sampler
+    "sampling algorithm"
+    square_crop: bool
+    "crop to the centre square as the published pipeline does"
+    detail_transfer: bool
+    "make the change to the photo's own pixels, so that what is not edited stays sharp"
 
 
 @dataclass(frozen=True, kw_only=True)

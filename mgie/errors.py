@@ -14,6 +14,7 @@
     ├── EngineFullError          the engine has no room for another edit; later it may
     ├── DeadlineError            an edit was not done in its time
     ├── ClosedError              what should have done the work was closed before it was done
+    ├── EditStoppedError         the caller's own step callback stopped the edit
     └── ParityError              a folder of reference vectors cannot be read
 
 A message names the thing, the value got and the value allowed. Knows nothing of HTTP: `serving`
@@ -100,3 +101,7 @@ class ClosedError(MGIEError):
 
 class ParityError(MGIEError):
     """A folder of reference vectors cannot be read."""
+
+
+class EditStoppedError(MGIEError):
+    """The caller's own step callback stopped the edit by returning False."""

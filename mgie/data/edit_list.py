@@ -4,6 +4,7 @@ Knows nothing of where images lie: `image` is a path or URI as the file has it.
 """
 
 import json
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mgie.errors import DataError
@@ -45,3 +46,15 @@ def parse_edit_list(content: bytes, name: str) -> list[dict[str, Any]]:
     if not rows:
         raise DataError(f"{name} holds no rows")
     return rows
+
+
+def number_names(names: Iterable[str]) -> Iterator[str]:
+    """The names, each once, whatever its case: what is taken gets a number, as `photo-edited-2`."""
+    taken = set[str]()
+    for name in names:
+        free, count = name, 1
+        while free.casefold() in taken:
+            count += 1
+            free = f"{name}-{count}"
+        taken.add(free.casefold())
+        yield free

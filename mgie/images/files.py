@@ -33,12 +33,14 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from PIL.WebPImagePlugin import WebPImageFile
 
-from mgie.config import ImageLimits, check_range
+from mgie.config import SOFTWARE, ImageLimits, check_range
 from mgie.errors import ConfigError, ImageError, ImageTooLargeError, MaskError
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 
 ALLOWED_FORMATS = "PNG, JPEG, WebP, HEIC"
+# What a folder is searched for; the content of a file decides what it is.
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".mpo", ".webp", ".heic", ".heif", ".hif")
 DEFAULT_LIMITS = ImageLimits()
 DEFAULT_QUALITY: dict[OutputFormat, int] = {"jpeg": 95, "webp": 90}
 # Limits of the formats.
@@ -109,6 +111,16 @@ def read_image(data: bytes, *, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Im
         ImageTooLargeError: More bytes, pixels or pixels per side than `limits` allow.
         ImageError: Empty, unknown, not allowed, animated, truncated, damaged, or a side too short.
     """
+    image, name = decode_image(data, limits=limits), str(detect_format(data))
+    bit_depth = data[24] if name == "PNG" else 8  # byte 24 of a PNG: bits per channel, from its IHDR
+    try:
+        return _upright_rgb(image, bit_depth)
+    except _DECODER_ERRORS as error:
+        raise _damaged(name) from error
+
+
+def decode_image(data: bytes, *, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
+    """The same in the file's own mode and orientation, with its transparency and metadata; errors as `read_image`."""
     image = _open(data, limits)
     name = str(detect_format(data))
     if name != "HEIC" and getattr(image, "is_animated", False):
@@ -118,11 +130,7 @@ def read_image(data: bytes, *, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Im
     except _DECODER_ERRORS as error:
         raise _damaged(name) from error
     check_size(image.size, limits)  # again: a HEIC file can turn out larger than its header says
-    bit_depth = data[24] if name == "PNG" else 8  # byte 24 of a PNG: bits per channel, from its IHDR
-    try:
-        return _upright_rgb(image, bit_depth)
-    except _DECODER_ERRORS as error:
-        raise _damaged(name) from error
+    return image
 
 
 def read_mask(data: bytes, *, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
@@ -138,15 +146,32 @@ def read_mask(data: bytes, *, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Ima
     if name != "PNG":
         raise MaskError(f"mask is {name or 'of an unknown format'}; it must be a PNG with transparency", param="mask")
     try:
-        image = _open(data, limits)
-        image.load()
+        image = decode_image(data, limits=limits)
     except ImageError as error:
         raise MaskError(f"mask cannot be used: {error}", param="mask") from error
-    except _DECODER_ERRORS as error:
-        raise MaskError("mask is a damaged PNG; it must be whole", param="mask") from error
     if not image.has_transparency_data:
         raise MaskError(f"mask is a PNG of mode {image.mode} without transparency; it must have some", param="mask")
-    return ImageChops.invert(image.convert("RGBA").getchannel("A"))
+    return _holes(image)
+
+
+def to_mask(image: Image.Image, *, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
+    """Where a picture may change, from a mask of either convention, which stays as it is; errors as `to_rgb`.
+
+    An image with transparent pixels means them: what is transparent is edited. An opaque one means its brightness:
+    white is edited, black stays. Of a JPEG the last 3 % to either end count as the end: its black is never quite black.
+
+    Returns:
+        Mode "L", upright: 255 = edit, 0 = keep.
+    """
+    grey = to_rgb(image, limits=limits).convert("L")
+    if image.has_transparency_data and (holes := _holes(image)).getextrema() != (0, 0):
+        return holes
+    return grey.point([0] * 8 + [*range(8, 248)] + [255] * 8) if image.format == "JPEG" else grey
+
+
+def _holes(image: Image.Image) -> Image.Image:
+    """The opposite of alpha, upright as the photo that it belongs to."""
+    return _turned(ImageChops.invert(image.convert("RGBA").getchannel("A")), _orientation(image))
 
 
 def to_rgb(image: Image.Image, *, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
@@ -170,16 +195,24 @@ def to_rgb(image: Image.Image, *, limits: ImageLimits = DEFAULT_LIMITS) -> Image
 
 def _upright_rgb(image: Image.Image, bit_depth: int) -> Image.Image:
     """Decoded pixels of any mode -> RGB, upright, without metadata; may change `image.info`."""
-    try:
-        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except _DECODER_ERRORS:
-        orientation = 1  # the pixels are good; a damaged EXIF block is no reason to refuse them
-    rgb = _to_rgb(image, bit_depth)
-    # A damaged EXIF block can hold anything here, unhashable values included.
-    if isinstance(orientation, int) and orientation in _UPRIGHT:
-        rgb = rgb.transpose(_UPRIGHT[orientation])
+    orientation = _orientation(image)
+    rgb = _turned(_to_rgb(image, bit_depth), orientation)
     rgb.info = {}
     return rgb
+
+
+def _orientation(image: Image.Image) -> object:
+    """What EXIF says of it; a damaged block can hold anything, unhashable values included."""
+    try:
+        return image.getexif().get(_EXIF_ORIENTATION, 1)
+    except _DECODER_ERRORS:
+        return 1  # the pixels are good; a damaged EXIF block is no reason to refuse them
+
+
+def _turned(image: Image.Image, orientation: object) -> Image.Image:
+    if isinstance(orientation, int) and orientation in _UPRIGHT:
+        return image.transpose(_UPRIGHT[orientation])
+    return image
 
 
 def detect_format(data: bytes) -> str | None:
@@ -376,7 +409,7 @@ class EditMetadata:
     "seed of the edit"
     bundle: str
     "identity of the bundle"
-    software: str
+    software: str = SOFTWARE
     "program and version"
 
 
@@ -475,12 +508,6 @@ def _xmp(fields: Mapping[str, str]) -> str:
         ' xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" '
         f'{" ".join(attributes)}/></rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
     )
-
-
-# ---- framing: source size <-> the size at which the diffusion model works
-
-
-# ---- pixels <-> tensors
 
 
 def output_format(path: Path) -> OutputFormat:

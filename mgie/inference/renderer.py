@@ -8,6 +8,7 @@ Axes: B batch, H W work size, c latent channels, h w latent sides.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from mgie.config import EditSettings
-from mgie.errors import ConfigError, RenderError
+from mgie.errors import ConfigError, EditStoppedError, RenderError
 from mgie.images.detail_transfer import transfer_detail
 from mgie.images.geometry import Framing, framed, plan_framing, resize
 from mgie.images.masks import check_mask, lay_over
@@ -59,6 +60,20 @@ class PreparedEdit:
     "on the model's device"
     guide: Float[Tensor, "3 H W"] | None = None
     "what the VAE makes of the source, once it was needed"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RenderStep:
+    """One image of a batch after one of its steps."""
+
+    index: Any
+    "which of the images"
+    done: int
+    "steps taken"
+    total: int
+    "steps to take"
+    preview: Callable[..., Image.Image]
+    "gives the picture as it stands, by the VAE or, with `is_cheap=True`, without; see `Renderer.preview`"
 
 
 class Renderer:
@@ -169,7 +184,8 @@ class Renderer:
             return image
         return lay_over(image, source, framed(edit.request.mask, edit.framing))
 
-    def preview(self, edit: PreparedEdit, latents: Float[Tensor, "c h w"], *, is_cheap: bool) -> Image.Image:
+    @torch.inference_mode()
+    def preview(self, edit: PreparedEdit, latents: Float[Tensor, "c h w"], *, is_cheap: bool = False) -> Image.Image:
         """A picture of latents on their way: of the source's shape, but no larger than the model works at.
 
         Args:
@@ -194,17 +210,18 @@ class Renderer:
 
     @torch.inference_mode()
     def render(
-        self, requests: Sequence[RenderRequest], *, on_step: Callable[[int, int], None] | None = None
+        self, requests: Sequence[RenderRequest], *, on_step: Callable[[RenderStep], object] | None = None
     ) -> Iterator[tuple[int, Image.Image]]:
         """Edits a batch; yields (index, edited image) as each is finished, those with few steps first.
 
         Args:
-            on_step: Called after each step with the steps done and the most that any request has.
+            on_step: Called after each step of each image; False, as its result, stops them all.
 
         Raises:
             ConfigError: The requests do not have the same work size, or a setting does not fit the bundle.
             ImageError: A mask does not fit its image.
             RenderError: The latents are not finite after the last step.
+            EditStoppedError: `on_step` returned False.
         """
         framings = [self.framing(request.image.size, request.settings) for request in requests]
         sizes = sorted({framing.work_wh for framing in framings})
@@ -212,12 +229,14 @@ class Renderer:
             raise ConfigError(f"a batch holds work sizes {sizes}; they must be equal")
         edits = [self.prepare(request, framing) for request, framing in zip(requests, framings, strict=True)]
         states = {i: self.start(edit, edit.request.seed) for i, edit in enumerate(edits)}
-        total = max((state.schedule.num_steps for state in states.values()), default=0)
-        done = 0
         while states:
             denoise_step(self.denoiser, list(states.values()))
-            done += 1
             if on_step is not None:
-                on_step(done, total)
+                for i, state in states.items():
+                    assert state.predicted_x0 is not None
+                    preview = partial(self.preview, edits[i], state.predicted_x0)
+                    step = RenderStep(index=i, done=state.step, total=state.schedule.num_steps, preview=preview)
+                    if on_step(step) is False:
+                        raise EditStoppedError(f"stopped by on_step after step {step.done} of {step.total}")
             for i in [i for i, state in states.items() if state.is_done]:
                 yield i, self.finish(edits[i], states.pop(i).latents)

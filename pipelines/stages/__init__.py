@@ -1,6 +1,5 @@
 """What is done to each row: plain classes on Arrow tables, without Ray.
 
-row_errors.py        a batch that fails is halved down to the row at fault
 fetch.py             reading the image of each row
 squares.py           what a cache is made from
 seeds.py             the seed of a row

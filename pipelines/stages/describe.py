@@ -18,9 +18,9 @@ import pyarrow as pa
 from PIL import Image
 
 from mgie.data.ledger import rejection, to_table
+from mgie.inference.batch_failures import bisect_failures, one_line
 from pipelines.stages.describers import Describer
 from pipelines.stages.fetch import DESCRIBE_ROW_SCHEMA
-from pipelines.stages.row_errors import bisect_failures, one_line
 
 
 class _Clock:

@@ -3,11 +3,10 @@
 Rows pass through as in `describe.py`: one that cannot be edited leaves with a reason.
 """
 
+import contextlib
 import dataclasses
 import json
-import time
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -15,18 +14,17 @@ import torch
 from PIL import Image
 
 from mgie.bundle.bundle import open_bundle
-from mgie.config import SOFTWARE
 from mgie.data.ledger import rejection, to_table
-from mgie.images.files import EditMetadata, OutputFormat, write_image
+from mgie.editor import CheckedEdit, Editor, EditResult
+from mgie.errors import MGIEError
+from mgie.images.files import OutputFormat, write_image
 from mgie.images.pixels import from_work
-from mgie.inference.conditioner import EditRequest
-from mgie.inference.renderer import RenderRequest
+from mgie.inference.batch_failures import one_line
 from pipelines.stages.fetch import EDIT_ROW_SCHEMA
-from pipelines.stages.row_errors import bisect_failures, one_line
 
 
 class EditImages:
-    """Both halves of an edit in one actor; rows of one working size share batches.
+    """An `Editor` in an actor; rows of one working size share batches.
 
     Args:
         settings: Fields of EditSettings that differ from the bundle's defaults.
@@ -47,33 +45,29 @@ class EditImages:
         dtype: str,
     ) -> None:
         opened = open_bundle(bundle)
-        self._defaults = opened.config.defaults
+        self._editor = Editor.load(opened, device=device, dtype=dtype)
         self.use(settings)
-        self._conditioner = opened.load_conditioner(device=device, dtype=dtype)
-        self._renderer = opened.load_renderer(device=device, dtype=dtype)
         self._identity, self._format, self._batch_size = opened.identity, output_format, batch_size
 
     def use(self, settings: Mapping[str, Any]) -> None:
         """From now on edits with other settings in place of the given ones. Raises ConfigError."""
-        self._settings = self._defaults.override(**settings)
+        self._settings = self._editor.bundle.defaults.override(**settings)
 
     def reconstruct(self, image: Image.Image) -> Image.Image:
         """The image through the VAE and back: as near as an edit by this bundle can come to it."""
-        framing = self._renderer.framing(image.size, self._settings)
+        renderer = self._editor.renderer
+        framing = renderer.framing(image.size, self._settings)
         with torch.inference_mode():
-            latents = self._renderer.encode(image, framing) * self._renderer.vae.scaling_factor
-            return from_work(self._renderer.decode(latents), framing)
+            latents = renderer.encode(image, framing) * renderer.vae.scaling_factor
+            return from_work(renderer.decode(latents), framing)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Adds the encoded results (`data`) and settles each row's status; the pixels end here."""
         rows = table.to_pylist()
-        sizes: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
-        for row in rows:
-            if row["reason"] is None:
-                sizes[self._renderer.work_size((row["width"], row["height"]), self._settings)].append(row)
-        for alike in sizes.values():
-            for start in range(0, len(alike), self._batch_size):
-                self._edit(alike[start : start + self._batch_size])
+        good = [row for row in rows if row["reason"] is None]
+        for row, result in self._editor.stream(self._checked(good), batch_size=self._batch_size):
+            with _rejecting(row):
+                row.update(self._columns(result))
         settings = json.dumps(dataclasses.asdict(self._settings))
         for row in rows:
             row |= {
@@ -86,36 +80,28 @@ class EditImages:
             }
         return to_table(rows, EDIT_ROW_SCHEMA)
 
-    def _edit(self, rows: Sequence[dict[str, Any]]) -> None:
-        started = time.perf_counter()
-        results = bisect_failures(self._results, rows)
-        for row, result in zip(rows, results, strict=True):
-            if isinstance(result, Exception):
-                row["reason"] = rejection("edit_failed", one_line(result))
-            else:
-                row.update(result, seconds=(time.perf_counter() - started) / len(rows))
+    def _checked(self, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], CheckedEdit]]:
+        for row in rows:
+            with _rejecting(row):
+                image = Image.frombytes("RGB", (row["width"], row["height"]), row["pixels"])
+                words = {"instruction": row["instruction"], "expressive": row["given"]}
+                [edit] = self._editor.check(image, settings=self._settings, seed=row["seed"], **words)
+                yield row, edit
 
-    def _results(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        images = [Image.frombytes("RGB", (row["width"], row["height"]), row["pixels"]) for row in rows]
-        edit_conditions = self._conditioner.derive(
-            [
-                EditRequest(image=image, instruction=row["instruction"], expressive=row["given"])
-                for image, row in zip(images, rows, strict=True)
-            ]
-        )
-        requests = [
-            RenderRequest(image=image, edit_condition=edit_condition, settings=self._settings, seed=row["seed"])
-            for image, edit_condition, row in zip(images, edit_conditions, rows, strict=True)
-        ]
-        edited = dict(self._renderer.render(requests))
-        return [
-            {
-                "data": write_image(edited[i], format=self._format, metadata=self._metadata(row["seed"])),
-                "expressive": edit_condition.expressive,
-                "used_fallback": edit_condition.used_fallback,
-            }
-            for i, (row, edit_condition) in enumerate(zip(rows, edit_conditions, strict=True))
-        ]
+    def _columns(self, result: EditResult | Exception) -> dict[str, Any]:
+        if isinstance(result, Exception):
+            raise result
+        return {
+            "data": write_image(result.image, format=self._format, metadata=result.metadata()),
+            "expressive": result.expressive,
+            "used_fallback": result.used_fallback,
+            "seconds": sum(result.timings_s.values()),
+        }
 
-    def _metadata(self, seed: int) -> EditMetadata:
-        return EditMetadata(seed=seed, bundle=self._identity, software=SOFTWARE)
+
+@contextlib.contextmanager
+def _rejecting(row: dict[str, Any]) -> Iterator[None]:
+    try:
+        yield
+    except (MGIEError, torch.OutOfMemoryError) as error:
+        row["reason"] = rejection("edit_failed", one_line(error))

@@ -17,7 +17,7 @@ from mgie.bundle.devices import resolve_device
 from mgie.data.latent_cache import CacheSpec
 from mgie.errors import DataError
 from mgie.images.pixels import to_signed
-from pipelines.stages.row_errors import bisect_failures
+from mgie.inference.batch_failures import bisect_failures
 
 _Arrays = dict[str, npt.NDArray[np.float32]]  # of a row
 

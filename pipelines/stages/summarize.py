@@ -8,9 +8,9 @@ from typing import Protocol
 import pyarrow as pa
 
 from mgie.data.ledger import rejection, to_table
+from mgie.inference.batch_failures import bisect_failures, one_line
 from pipelines.stages.describe import _Clock
 from pipelines.stages.fetch import DESCRIBE_ROW_SCHEMA
-from pipelines.stages.row_errors import bisect_failures, one_line
 
 
 @dataclass(frozen=True, kw_only=True)

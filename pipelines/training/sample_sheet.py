@@ -11,10 +11,11 @@ from PIL import Image, ImageDraw, ImageFont
 from mgie.bundle.bundle import Bundle
 from mgie.config import Variant
 from mgie.data.collate import EditExample
+from mgie.editor import Editor
 from mgie.errors import PromptError
 from mgie.images.geometry import training_pixels
-from mgie.inference.conditioner import Conditioner, EditRequest, MLLMConditioner, TextConditioner
-from mgie.inference.renderer import Renderer, RenderRequest
+from mgie.inference.conditioner import Conditioner, MLLMConditioner, TextConditioner
+from mgie.inference.renderer import Renderer
 from mgie.model.mgie import MGIE, InstructPix2Pix
 from mgie.training.variants import TrainingModel
 
@@ -36,15 +37,15 @@ class SampleEditor:
         side_px = made.image_side_px
         self._examples, self._gives_words = examples, variant in ("ft", "fz")
         self._squares = [(training_pixels(e.source, side_px), training_pixels(e.goal, side_px)) for e in examples]
-        self._conditioner = _conditioner(bundle, made)
-        self._renderer = Renderer(
+        renderer = Renderer(
             unet=made.model.unet,
             vae=made.model.vae,
             scheduler_config=bundle.scheduler_config(),
             work_area_px=side_px**2,
             multiple_px=made.model.vae.downsampling,
         )
-        self._settings = bundle.config.defaults.override(steps=num_steps)
+        self._editor = Editor(bundle=bundle.config, conditioner=_conditioner(bundle, made), renderer=renderer)
+        self._num_steps = num_steps
 
     def __call__(self) -> Image.Image:
         """Rows of source, goal, edited image, and the words: instruction and expressive instruction."""
@@ -53,15 +54,13 @@ class SampleEditor:
             # As in training: some variants are told the expressive instruction, the others find one, or need none.
             expressive = example.expressive if self._gives_words else None
             try:
-                [edit_condition] = self._conditioner.derive(
-                    [EditRequest(image=source, instruction=example.instruction, expressive=expressive)]
+                result = self._editor.edit(
+                    source, example.instruction, seed=seed, expressive=expressive, steps=self._num_steps
                 )
             except PromptError as error:
                 rows.append(([source, goal], f"{example.instruction}\n\n{error}"))
-                continue
-            request = RenderRequest(image=source, edit_condition=edit_condition, settings=self._settings, seed=seed)
-            [(_, edited)] = self._renderer.render([request])
-            rows.append(([source, goal, edited], f"{example.instruction}\n\n{edit_condition.expressive}"))
+            else:
+                rows.append(([source, goal, result.image], f"{example.instruction}\n\n{result.expressive}"))
         return draw_sheet(rows)
 
 

@@ -2,6 +2,7 @@ import functools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from PIL import Image
 import mgie.cli
 from mgie.bundle.bundle import Bundle, open_bundle
 from mgie.bundle.record import CONFIG_FILE
-from mgie.editor import Editor
+from mgie.editor import Editor, EditResult
 from mgie.images.files import read_metadata
 from mgie.training.checkpoint import write_snapshot
 
@@ -99,7 +100,7 @@ def test_settings_reach_the_edit(run: Run, tmp_path: Path) -> None:
         "image": ("--image-guidance-scale", "3"),
         "words": ("--expressive", "A dark [red] sky."),
         "seed": ("--seed", "2"),
-        "square": ("--square-crop", "True"),
+        "square": ("--square-crop",),
     }
     outputs = {}
     for name, flags in variants.items():
@@ -118,9 +119,88 @@ def test_a_folder_is_edited_into_a_folder(run: Run, tmp_path: Path) -> None:
     (tmp_path / "photos" / "notes.txt").write_text("not an image")
     done = run("edit", tmp_path / "photos", "make it night", "--out", "results", "--format", "jpeg", *FAST)
     assert done.status == 0
-    assert sorted(p.name for p in (tmp_path / "results").iterdir()) == ["a-2.jpeg", "a.jpeg", "b.jpeg"]
+    assert sorted(p.name for p in (tmp_path / "results").iterdir()) == [
+        "a-edited-2.jpeg",
+        "a-edited.jpeg",
+        "b-edited.jpeg",
+    ]
     assert done.out.count("seed ") == 3
     assert all(load_picture(p)[0] == "JPEG" for p in (tmp_path / "results").iterdir())
+
+
+def test_what_of_a_folder_is_skipped_is_said(run: Run, tmp_path: Path) -> None:
+    for name in ("a.png", "b.JPE"):
+        save_picture(tmp_path / "photos" / name.lower())
+    (tmp_path / "photos" / "sub").mkdir()
+    for name in ("notes.txt", "._a.jpg", ".DS_Store", *(f"{i:02d}.txt" for i in range(20))):
+        (tmp_path / "photos" / name).write_text("not an image")
+    done = run("edit", tmp_path / "photos", "make", "it", "night", *FAST)
+    assert done.status == 0
+    assert sorted(p.name for p in (tmp_path / "edited").iterdir()) == ["a-edited.png", "b-edited.png"]
+    [line] = [line for line in done.err.splitlines() if line.startswith("skipped")]
+    assert line == f"skipped no images: {', '.join(f'{i:02d}.txt' for i in range(10))}, and 12 more; 2 hidden files"
+
+
+def test_a_folder_that_was_interrupted_goes_on(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "abcd":
+        save_picture(tmp_path / "photos" / f"{name}.png")
+    save = EditResult.save
+
+    def save_and_interrupt(result: EditResult, path: Path, **options: Any) -> None:
+        save(result, path, **options)
+        if path.name == "b-edited.png":
+            signal.raise_signal(signal.SIGINT)
+
+    arguments = ("edit", "photos", "make it night", "--seed", "1", "--batch-size", "2", *FAST)
+    with monkeypatch.context() as patched:
+        patched.setattr(EditResult, "save", save_and_interrupt)
+        stopped = run(*arguments)
+    assert stopped.status == 130
+    assert [line for line in stopped.err.splitlines() if "untrained" not in line] == [
+        "stopped: 1 of 4 results are made; the same command goes on"
+    ]
+    made = {path.name: path.read_bytes() for path in (tmp_path / "edited").iterdir()}
+    assert set(made) == {"a-edited.png", "b-edited.png"}
+    rest = run(*arguments)
+    assert (rest.status, rest.out.count("seed 1")) == (0, 2)
+    assert "skipped 2 results that are there; --overwrite makes them again" in rest.err
+    assert {name: (tmp_path / "edited" / name).read_bytes() for name in made} == made
+    nothing = run(*arguments)
+    assert (nothing.status, nothing.out) == (0, "")
+    assert "skipped 4 results" in nothing.err
+    again = run(*arguments, "--overwrite")
+    assert (again.status, again.out.count("seed 1")) == (0, 4)
+
+
+def test_mask_number_quality_and_largest_image(run: Run, tmp_path: Path) -> None:
+    photo = save_picture(tmp_path / "photo.png", (60, 40))
+    mask = Image.new("RGBA", (60, 40), "black")
+    mask.paste((0, 0, 0, 0), (0, 0, 20, 40))
+    mask.save(tmp_path / "mask.png")
+    flags = ("--mask", "mask.png", "--n", "3", "--seed", "5", *FAST)
+    done = run("edit", photo, "make it night", "--out", "new/night.png", *flags)
+    assert done.status == 0, done.err
+    names = ["night.png", "night-2.png", "night-3.png"]
+    assert [line.split("  ")[:2] for line in done.out.splitlines() if "seed" in line] == [
+        [f"new/{name}", f"seed {5 + i} (no visual tokens came: the words may have had no effect)"]
+        for i, name in enumerate(names)
+    ]
+    right = {
+        Image.open(path).convert("RGB").crop((20, 0, 60, 40)).tobytes()
+        for path in (photo, *(tmp_path / "new" / name for name in names))
+    }
+    assert len(right) == 1
+    (tmp_path / "new" / "night-2.png").unlink()
+    assert run("edit", photo, "make it night", "--out", "new/night.png", *flags).status == 2
+    sizes = []
+    for quality in ("0", "100"):
+        done = run("edit", photo, "x", "--out", f"{quality}.jpg", "--output-compression", quality, "--seed", "1", *FAST)
+        assert done.status == 0, done.err
+        sizes.append((tmp_path / f"{quality}.jpg").stat().st_size)
+    assert sizes[0] < sizes[1]
+    assert "at most 100 are allowed" in run("edit", photo, "x", "--max-pixels", "100", "--out", "a.png", *FAST).err
+    assert run("edit", photo, "x", "--max-pixels", "2400", "--out", "new", *FAST).status == 0
+    assert (tmp_path / "new" / "photo-edited.png").is_file()
 
 
 def test_a_bad_edit_of_several_fails_alone(run: Run, tmp_path: Path) -> None:
@@ -137,13 +217,13 @@ def test_a_bad_edit_of_several_fails_alone(run: Run, tmp_path: Path) -> None:
     (tmp_path / "edits.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n")
     done = run("edit", tmp_path / "edits.jsonl", "--seed", "9", *FAST)
     assert done.status == 1
-    assert sorted(p.name for p in (tmp_path / "edited").iterdir()) == ["good-4.png", "good.png"]
+    assert sorted(p.name for p in (tmp_path / "edited").iterdir()) == ["good-edited-4.png", "good-edited.png"]
     assert "4 of 6 edits failed" in done.err
     for text in ("missing.png cannot be read: No such file", "unknown format", "prompt is empty", "seed is -1"):
         assert done.err.count(text) == 1, text
     # The row's own seed and words come before those of the command line.
-    assert "good.png  seed 3" in done.out
-    assert "good-4.png  seed 9" in done.out
+    assert "good-edited.png  seed 3" in done.out
+    assert "good-edited-4.png  seed 9" in done.out
     assert "A hat [/red]." in done.out
     assert "Traceback" not in done.err
 
@@ -176,6 +256,15 @@ def test_results_are_not_overwritten_unless_asked(run: Run, tmp_path: Path) -> N
         (("edit", "photo.png", "x", "--dtype", "int8"), "dtype is 'int8'"),
         (("edit", "photo.png", "x", "--out", "a.gif"), "a.gif does not end in one of"),
         (("edit", "empty", "x"), "empty holds no image"),
+        (("edit", "photo.png", "x", "--n", "0"), "n is 0; it must be 1 to 10"),
+        (("edit", "photo.png", "x", "--batch-size", "0"), "batch_size is 0"),
+        (("edit", "photo.png", "x", "--mask", "text.png"), "mask cannot be used: image has an unknown format"),
+        (("edit", "photo.png", "x", "--mask", "none.png"), "none.png cannot be read: No such file"),
+        (("edit", "photo.png", "x", "--output-compression", "80"), "png is lossless and takes none"),
+        (("edit", "photo.png", "x", "--out", "a.jpg", "--output-compression", "101"), "output_compression is 101"),
+        (("edit", "photo.png", "x", "--out", "photo.png/a.png"), "photo.png is a file; --out must be a folder here"),
+        (("edit", "photo.png", "x", "--out", "/proc/a.png"), "/proc cannot be written to"),
+        (("edit", "photos", "x", "--out", "photos"), "the folder of the photos; it must be another one"),
         (("edit", "none.jsonl"), "none.jsonl cannot be read"),
         (("edit", "odd.jsonl"), "odd.jsonl, line 2 is not JSON"),
         (("edit", "odd.jsonl", "x"), "an instruction was given beside a .jsonl file"),
@@ -192,6 +281,7 @@ def test_what_cannot_be_done_is_one_line_and_status_two(
     run: Run, tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     save_picture(tmp_path / "photo.png")
+    save_picture(tmp_path / "photos" / "a.png")
     (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "empty").mkdir()
     good = '{"image": "photo.png", "instruction": "x"}\n'
@@ -207,6 +297,41 @@ def test_what_cannot_be_done_is_one_line_and_status_two(
     assert message in lines[0]
     assert done.out == ""
     assert sorted(tmp_path.rglob("*")) == before  # nothing was written
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--steps", "0"),
+        ("--guidance-scale", "99"),
+        ("--out", "/proc/a.png"),
+        ("--mask", "none.png"),
+        ("--bundle", "a/b"),
+    ],
+)
+def test_what_can_be_refused_is_before_anything_is_loaded(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("the bundle was loaded")
+
+    monkeypatch.setattr(Editor, "load", fail)
+    done = run("edit", save_picture(tmp_path / "photo.png"), "x", *flags)
+    assert (done.status, done.err.count("\n")) == (2, 1), done.err
+    assert "internet" not in done.err
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--steps", "abc"), ("--seed", "1.5"), ("--guidance-scale", "high")])
+def test_a_number_that_is_none_is_said_without_types(run: Run, tmp_path: Path, flag: str, value: str) -> None:
+    done = run("edit", save_picture(tmp_path / "photo.png"), "x", flag, value)
+    assert done.status == 2
+    assert flag in done.err
+    assert repr(value) in done.err
+    assert "None" not in done.err
+
+
+def test_the_version_is_told(run: Run) -> None:
+    assert run("--version").out == f"mgie {mgie.__version__}\n"
 
 
 def test_a_sampler_that_is_not_known_is_refused_with_the_ones_that_are(run: Run, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,20 @@ from PIL import Image
 
 from mgie.bundle.bundle import Bundle
 from mgie.config import MAX_INSTRUCTION_CHARS, MAX_SEED, GenerationConfig, ImageLimits, random_seed
-from mgie.editor import Editor, load_source
-from mgie.errors import BundleError, ConfigError, ImageError, ImageTooLargeError, PromptError
+from mgie.editor import Editor
+from mgie.errors import (
+    BundleError,
+    ConfigError,
+    EditStoppedError,
+    ImageError,
+    ImageTooLargeError,
+    MaskError,
+    MGIEError,
+    PromptError,
+)
 from mgie.images.files import AI_EDITED, output_format, read_metadata
+from mgie.images.pictures import load_image, load_mask
+from mgie.inference.renderer import RenderStep
 
 WORDS = "make it night"
 SHORT = GenerationConfig(max_new_tokens=4)  # what the untrained model writes is of no interest here
@@ -51,7 +63,7 @@ def test_the_words_alone_are_those_of_the_edit(editor: Editor) -> None:
     words = editor.derive(picture(), WORDS, generation=SHORT)
     result = edit(editor)
     assert words.expressive == result.expressive
-    assert torch.equal(words.edit_condition.condition, result.edit_condition.condition)
+    assert torch.equal(words.condition, result.edit_condition.condition)
     assert editor.derive(picture(), WORDS, expressive="a dark sky").expressive == "a dark sky"
 
 
@@ -121,10 +133,93 @@ def test_a_fallback_is_reported(editor: Editor) -> None:
     assert edit(editor).used_fallback  # the untrained model writes no [IMG0] in four tokens
 
 
-def test_on_step_counts_every_step(editor: Editor) -> None:
-    seen: list[tuple[int, int]] = []
-    edit(editor, steps=3, on_step=lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+def test_on_step_sees_previews_and_its_false_stops_the_edit(editor: Editor) -> None:
+    seen: list[tuple[int, int, tuple[int, int]]] = []
+
+    def watch(step: RenderStep) -> bool:
+        seen.append((step.done, step.total, step.preview(is_cheap=step.done == 1).size))
+        return step.done < 2
+
+    with pytest.raises(EditStoppedError, match="after step 2 of 3"):
+        edit(editor, steps=3, on_step=watch)
+    assert seen == [(1, 3, (80, 60)), (2, 3, (80, 60))]
+
+
+# ---- many at once
+
+
+def test_a_batch_gives_what_each_edit_gives_alone(editor: Editor) -> None:
+    images = [picture(80, 60, 0), picture(60, 80, 1), picture(40, 30, 2), picture(80, 60, 3), picture(64, 48, 4)]
+    words = [WORDS, "make it winter", WORDS, "add a hat", "a longer instruction than the others, with more words"]
+    spoken = [None, None, "A dark sky.", None, "It is winter."]
+    mask = Image.new("L", (60, 80))
+    mask.paste(255, (0, 0, 30, 80))
+    steps: list[int] = []
+    together = editor.edit(
+        images,
+        words,
+        seed=[1, 2, 3, 4, 5],
+        expressive=spoken,
+        mask=[None, mask, None, None, None],
+        steps=2,
+        generation=SHORT,
+        batch_size=3,
+        on_step=lambda step: steps.append(step.index),
+    )
+    assert [result.seed for result in together] == [1, 2, 3, 4, 5]
+    assert sorted(steps) == sorted([0, 1, 2, 3, 4] * 2)
+    for i, result in enumerate(together):
+        own = {"expressive": spoken[i], "mask": mask if i == 1 else None}
+        alone = editor.edit(images[i], words[i], seed=i + 1, steps=2, generation=SHORT, **own)
+        assert result.expressive == alone.expressive
+        assert result.image.size == images[i].size
+        assert np.abs(pixels(result.image) - pixels(alone.image)).max() <= 2
+
+
+def test_one_value_holds_for_all_of_a_list_and_words_are_derived_once(editor: Editor) -> None:
+    by_seed = editor.edit(picture(), WORDS, seed=[7, 8, 9], steps=1, generation=SHORT)
+    by_number = editor.edit(picture(), WORDS, seed=7, n=3, steps=1, generation=SHORT)
+    assert [result.seed for result in by_seed] == [result.seed for result in by_number] == [7, 8, 9]
+    for one, other in zip(by_seed, by_number, strict=True):
+        assert one.image.tobytes() == other.image.tobytes()
+        assert one.edit_condition is by_seed[0].edit_condition
+    two = editor.edit([picture(), picture(seed=1)], [WORDS, "make it winter"], n=2, seed=5, steps=1, generation=SHORT)
+    assert [result.seed for result in two] == [5, 6, 5, 6]
+    assert two[0].edit_condition is two[1].edit_condition is not two[2].edit_condition
+    file = io.BytesIO()
+    picture().save(file, "PNG")
+    file.seek(0)  # a file can be read only once
+    assert len(editor.edit(file, [WORDS, "make it winter"], steps=1, generation=SHORT)) == 2
+    assert editor.edit([], WORDS) == []
+    assert [result.seed >= 0 for result in editor.edit([picture()], WORDS, steps=1, generation=SHORT)] == [True]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"image": [picture(), b"nothing"]}, "picture 2 of 2: image has an unknown format"),
+        ({"image": [picture(), picture()], "instruction": ["x", " "]}, "picture 2 of 2: prompt is empty"),
+        ({"image": [picture()] * 3, "mask": [None, Image.new("L", (3, 3), 255), None]}, "picture 2 of 3: mask"),
+        ({"seed": [1, -1]}, "picture 2 of 2: seed is -1"),
+        ({"image": [picture()] * 3, "seed": [1, 2]}, "lists have lengths {'image': 3, 'seed': 2}"),
+        ({"batch_size": 0}, "batch_size is 0"),
+    ],
+)
+def test_what_is_bad_of_many_is_named_before_any_work(editor: Editor, given: dict[str, Any], message: str) -> None:
+    def fail(step: RenderStep) -> None:
+        raise AssertionError("work was begun")
+
+    with pytest.raises(MGIEError, match=re.escape(message)):
+        editor.edit(**{"image": picture(), "instruction": WORDS, "on_step": fail} | given)
+
+
+def test_each_half_has_its_own_dtype(random_bundle: Bundle, editor: Editor) -> None:
+    full = edit(editor, steps=1)
+    for half in ("mllm", "diffusion"):
+        other = edit(Editor.load(random_bundle, device="cpu", **{f"{half}_dtype": "bfloat16"}), steps=1)
+        is_same = torch.equal(other.edit_condition.condition, full.edit_condition.condition)
+        assert is_same == (half == "diffusion")
+        assert other.image.tobytes() != full.image.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -154,6 +249,16 @@ def test_a_file_name_without_a_format_is_refused_before_anything_is_written(edit
     assert output_format(Path("X.WebP")) == "webp"
 
 
+def test_quality_is_for_those_formats_that_have_it(editor: Editor, tmp_path: Path) -> None:
+    result = edit(editor, steps=1)
+    for name in ("low.jpg", "high.jpg"):
+        result.save(tmp_path / "new" / name, quality=20 if name == "low.jpg" else 95)
+    assert (tmp_path / "new" / "low.jpg").stat().st_size < (tmp_path / "new" / "high.jpg").stat().st_size
+    with pytest.raises(ConfigError, match="png is lossless"):
+        result.save(tmp_path / "a.png", quality=90)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
 # ---- what is refused
 
 
@@ -167,7 +272,8 @@ def test_a_file_name_without_a_format_is_refused_before_anything_is_written(edit
         ({"image_guidance_scale": 51.0}, "image_guidance_scale"),
         ({"seed": -1}, "seed"),
         ({"seed": MAX_SEED + 1}, "seed"),
-        ({"strength": 1}, "strength"),
+        ({"n": 0}, "n"),
+        ({"seed": MAX_SEED, "n": 2}, "seed"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_name_before_any_work(
@@ -180,7 +286,7 @@ def test_a_wrong_setting_is_refused_by_name_before_any_work(
             raise AssertionError(f"{name} was asked for")
 
     idle = Editor.__new__(Editor)
-    idle.__dict__.update(bundle=random_bundle.config, _conditioner=Untouched(), _renderer=Untouched())
+    idle.__dict__.update(bundle=random_bundle.config, _conditioner=Untouched(), renderer=Untouched())
     with pytest.raises(ConfigError) as caught:
         edit(idle, **given)
     assert caught.value.param == param
@@ -206,13 +312,88 @@ def test_a_bundle_that_is_no_editor_is_refused() -> None:
 # ---- sources
 
 
-def test_bytes_path_and_image_give_the_same_source(tmp_path: Path) -> None:
-    image = picture()
-    image.save(tmp_path / "a.png")
-    expected = image.tobytes()
-    for source in (image, tmp_path / "a.png", str(tmp_path / "a.png"), (tmp_path / "a.png").read_bytes()):
-        loaded = load_source(source)
-        assert (loaded.mode, loaded.size, loaded.tobytes()) == ("RGB", image.size, expected)
+def encoded(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def saved(image: Image.Image, folder: Path) -> Path:
+    image.save(folder / "a.png")
+    return folder / "a.png"
+
+
+def tensor(image: Image.Image) -> torch.Tensor:
+    array = torch.from_numpy(np.array(image))
+    return array.permute(2, 0, 1) if array.ndim == 3 else array[None]
+
+
+# Name -> what is made of a picture, given a folder to write to.
+WAYS: dict[str, Callable[[Image.Image, Path], Any]] = {
+    "PIL image": lambda image, _: image,
+    "PIL image with alpha": lambda image, _: image.convert("RGBA"),
+    "path": saved,
+    "name": lambda image, folder: str(saved(image, folder)),
+    "bytes": lambda image, _: encoded(image),
+    "buffered file": lambda image, _: io.BufferedReader(io.BytesIO(encoded(image))),  # as `open` gives
+    "file in memory": lambda image, _: io.BytesIO(encoded(image)),
+    "array of bytes": lambda image, _: np.asarray(image),
+    "array of floats": lambda image, _: np.asarray(image, dtype=np.float32) / 255,
+    "tensor, channels first": lambda image, _: tensor(image),
+    "tensor of half floats": lambda image, _: (tensor(image).double() / 255).requires_grad_(),
+    "tensor, channels last": lambda image, _: torch.from_numpy(np.array(image)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_picture_and_a_mask_may_be_given_in_many_ways(editor: Editor, tmp_path: Path, way: str) -> None:
+    image, mask = picture(), Image.new("L", (80, 60))
+    mask.paste(255, (20, 10, 60, 40))
+    expected = edit(editor, image, mask=mask, steps=1)
+    (tmp_path / "mask").mkdir()
+    given = edit(editor, WAYS[way](image, tmp_path), mask=WAYS[way](mask, tmp_path / "mask"), steps=1)
+    assert given.image.tobytes() == expected.image.tobytes()
+    outside = np.asarray(mask) == 0
+    assert (pixels(given.image)[outside] == pixels(image)[outside]).all()
+    words = editor.derive(WAYS[way](image, tmp_path), WORDS, generation=SHORT)
+    assert torch.equal(words.condition, given.edit_condition.condition)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"a": 1}, "image is a dict; it must be a PIL image, a path"),
+        (io.StringIO("text"), "image is a file that gives str"),
+        (np.zeros((3, 20, 20), np.uint8), "image has shape (3, 20, 20)"),
+        (np.zeros((2, 20, 20, 3), np.uint8), "image has shape (2, 20, 20, 3)"),
+        (np.zeros((0, 20, 3), np.uint8), "image has shape (0, 20, 3)"),
+        (np.full((20, 20, 3), 255.0), "image has floats 255 to 255; they must be 0 to 1"),
+        (np.full((20, 20), np.nan), "image has floats nan to nan"),
+        (torch.full((3, 20, 20), -1.0), "image has floats -1 to -1"),
+        (np.zeros((20, 20, 3), np.int64), "image is of int64"),
+        ("a\0b", "cannot be read"),
+    ],
+)
+def test_what_is_no_picture_is_said(given: Any, message: str) -> None:
+    with pytest.raises(ImageError, match=re.escape(message)) as caught:
+        load_image(given)
+    assert caught.value.param == "image"
+    with pytest.raises(MaskError, match=re.escape(f"mask cannot be used: {message}"[:20])) as caught:
+        load_mask(given)
+    assert caught.value.param == "mask"
+
+
+def test_a_bool_array_is_black_and_white() -> None:
+    where = np.zeros((20, 30), dtype=bool)
+    where[:, :10] = True
+    assert (np.asarray(load_mask(where)) == where * 255).all()
+
+
+def test_a_large_file_is_not_read_whole(tmp_path: Path) -> None:
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(ImageTooLargeError, match="image is 20971521 bytes"):
+        load_image(tmp_path / "huge.png")
 
 
 def translucent(mode: str) -> Image.Image:
@@ -232,13 +413,13 @@ def translucent(mode: str) -> Image.Image:
 def test_transparency_of_an_image_object_is_composited_over_white_as_in_a_file(mode: str) -> None:
     image = translucent(mode)
     before = (image.mode, dict(image.info), image.tobytes())
-    loaded = load_source(image)
+    loaded = load_image(image)
     assert loaded.getpixel((5, 5)) == (255, 255, 255)
     assert loaded.getpixel((35, 5)) != (255, 255, 255)
     assert (image.mode, dict(image.info), image.tobytes()) == before  # the caller's image stays as it is
     file = io.BytesIO()
     image.save(file, "PNG")
-    assert load_source(file.getvalue()).tobytes() == loaded.tobytes()
+    assert load_image(file.getvalue()).tobytes() == loaded.tobytes()
 
 
 def grey(image: Image.Image) -> Image.Image:
@@ -260,7 +441,7 @@ def black_and_white(image: Image.Image) -> Image.Image:
 @pytest.mark.parametrize("change", [grey, sixteen_bit, cmyk, black_and_white])
 def test_an_image_object_of_any_mode_is_taken(change: Callable[[Image.Image], Image.Image]) -> None:
     image = picture()
-    loaded = load_source(change(image))
+    loaded = load_image(change(image))
     expected = image if change is cmyk else image.convert("1" if change is black_and_white else "L").convert("RGB")
     assert loaded.tobytes() == expected.tobytes()
 
@@ -271,9 +452,9 @@ def test_an_image_object_is_turned_upright_as_a_file_is(tmp_path: Path) -> None:
     exif[0x0112] = 6
     image.save(tmp_path / "a.png", exif=exif)
     with Image.open(tmp_path / "a.png") as opened:
-        loaded = load_source(opened)
+        loaded = load_image(opened)
     assert loaded.size == (20, 40)
-    assert loaded.tobytes() == load_source(tmp_path / "a.png").tobytes()
+    assert loaded.tobytes() == load_image(tmp_path / "a.png").tobytes()
     assert not loaded.info
     assert not loaded.getexif()
 
@@ -285,7 +466,7 @@ def test_limits_hold_for_every_kind_of_source(tmp_path: Path) -> None:
         image.save(tmp_path / "a.png")
         for source in (image, tmp_path / "a.png", (tmp_path / "a.png").read_bytes()):
             with pytest.raises(kind, match="each side must be 16 to 50 px"):
-                load_source(source, limits)
+                load_image(source, limits)
 
 
 def test_what_cannot_be_read_is_an_image_error(tmp_path: Path) -> None:
@@ -294,7 +475,7 @@ def test_what_cannot_be_read_is_an_image_error(tmp_path: Path) -> None:
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:300])
     for source in (tmp_path / "none.png", tmp_path, tmp_path / "a.png", b"", tmp_path / "cut.png"):
         with pytest.raises(ImageError) as caught:
-            load_source(source)
+            load_image(source)
         assert caught.value.param == "image"
     with Image.open(tmp_path / "cut.png") as opened, pytest.raises(ImageError):
-        load_source(opened)
+        load_image(opened)

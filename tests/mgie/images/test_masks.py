@@ -1,6 +1,8 @@
 """Masks: which latents they keep, and that no pixel outside them changes."""
 
 import copy
+import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ from mgie.bundle.bundle import Bundle
 from mgie.config import EditSettings
 from mgie.editor import Editor
 from mgie.errors import ImageError
+from mgie.images.files import read_mask
 from mgie.images.geometry import Framing, center_square
 from mgie.images.masks import check_mask, lay_over
+from mgie.images.pictures import load_mask
 from mgie.images.pixels import kept_latents
 from mgie.inference.conditioner import EditCondition
 from mgie.inference.renderer import Renderer, RenderRequest
@@ -138,3 +142,56 @@ def test_a_model_that_makes_the_change_makes_the_whole_pictures_and_the_mask_cut
     )
     assert np.abs(np.asarray(whole, dtype=int) - np.asarray(sample.source, dtype=int)).mean() > 20
     assert (np.asarray(part) == np.asarray(lay_over(whole, sample.source, mask))).all()
+
+
+def hole() -> Image.Image:
+    """A photo of noise whose left third is transparent."""
+    rgba = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    rgba[..., 3] = 255
+    rgba[:, :10, 3] = 0
+    return Image.fromarray(rgba)
+
+
+def painted(mode: str) -> Image.Image:
+    """White in the left third, black elsewhere."""
+    image = Image.new("L", (30, 20))
+    image.paste(255, (0, 0, 10, 20))
+    return image.convert(mode)
+
+
+def through(image: Image.Image, file_format: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, file_format, **options)
+    return file.getvalue()
+
+
+def turned(image: Image.Image) -> bytes:
+    """The file of a camera held upright: its pixels lie on their side."""
+    exif = image.getexif()
+    exif[0x0112] = 6
+    return through(image.transpose(Image.Transpose.ROTATE_90), "PNG", exif=exif)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        hole(),
+        through(hole(), "PNG"),
+        through(hole(), "WEBP", lossless=True),
+        turned(hole()),
+        painted("LA"),
+        painted("RGBA"),  # opaque: what was painted counts, as in a file without alpha
+        *(painted(mode) for mode in ("1", "L", "RGB", "P")),
+        through(painted("RGB"), "JPEG", quality=60),
+        turned(painted("L")),
+        np.asarray(hole()),
+    ],
+)
+def test_transparency_or_else_white_says_where_to_edit(given: Any) -> None:
+    assert (np.asarray(load_mask(given)) == np.asarray(painted("L"))).all()
+
+
+def test_http_takes_transparency_alone_and_reads_it_as_every_door_does() -> None:
+    assert (np.asarray(read_mask(turned(hole()))) == np.asarray(painted("L"))).all()
+    with pytest.raises(ImageError, match="without transparency"):
+        read_mask(through(painted("RGB"), "PNG"))

@@ -7,9 +7,9 @@ from PIL import Image
 
 from mgie.bundle.bundle import Bundle
 from mgie.config import EditSettings
-from mgie.errors import ConfigError
+from mgie.errors import ConfigError, EditStoppedError
 from mgie.inference.conditioner import EditCondition
-from mgie.inference.renderer import Renderer, RenderRequest
+from mgie.inference.renderer import Renderer, RenderRequest, RenderStep
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +59,18 @@ def test_requests_with_fewer_steps_finish_first(renderer: Renderer) -> None:
     assert [index for index, _ in renderer.render(requests)] == [1, 2, 0]
 
 
-def test_on_step_counts_up_to_the_longest(renderer: Renderer) -> None:
-    seen: list[tuple[int, int]] = []
-    list(renderer.render([_request(0, steps=2), _request(1, steps=3)], on_step=lambda *step: seen.append(step)))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+def test_on_step_tells_of_each_image_and_stops_them_all(renderer: Renderer) -> None:
+    seen: list[tuple[int, int, int]] = []
+
+    def watch(step: RenderStep) -> bool:
+        seen.append((step.index, step.done, step.total))
+        assert step.preview(is_cheap=step.done == 1).size == (96, 96)
+        return step.done < 3
+
+    requests = [_request(0, steps=2), _request(1, steps=4)]
+    with pytest.raises(EditStoppedError, match="after step 3 of 4"):
+        list(renderer.render(requests, on_step=watch))
+    assert seen == [(0, 1, 2), (1, 1, 4), (0, 2, 2), (1, 2, 4), (1, 3, 4)]
 
 
 @pytest.mark.parametrize("wh", [(97, 61), (40, 200), (17, 16), (300, 80)])

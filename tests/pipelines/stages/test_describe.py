@@ -11,12 +11,12 @@ from PIL import Image
 
 from mgie.data.ledger import LEDGER_SCHEMA, rejection_code, to_table
 from mgie.errors import ConfigError, PromptError
+from mgie.inference.batch_failures import bisect_failures
 from mgie.storage.folder import open_folder
 from pipelines.stages.describe import DescribeEdit
 from pipelines.stages.describers import Describer, Description
 from pipelines.stages.fetch import DESCRIBE_ROW_SCHEMA, FetchSources
 from pipelines.stages.local_describers import BundleDescriber
-from pipelines.stages.row_errors import bisect_failures
 from pipelines.stages.summarize import PRESETS, Preset, Summarize
 from pipelines.stages.summarizer import Summarizer
 
