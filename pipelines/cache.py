@@ -26,7 +26,7 @@ from mgie.data.ledger import images_root, read_edits
 from mgie.errors import ConfigError, DataError, MGIEError
 from mgie.storage.folder import Folder, open_folder
 from pipelines.runs.blocks import PendingRows, figures_table, run_blocks, write_pending
-from pipelines.runs.cluster import StageSize
+from pipelines.runs.cluster import StageSize, absolute_bundle, local_bundles
 from pipelines.runs.command import Ending, run_command
 from pipelines.runs.run import open_run
 from pipelines.runs.run_record import make_record
@@ -87,6 +87,7 @@ def cache(config: CacheConfig, *, console: Console | None = None) -> Ending:
     """
     console = console or Console(quiet=True)
     console.print(f"reading {config.ledger} ...", soft_wrap=True, highlight=False)
+    config = dataclasses.replace(config, bundle=absolute_bundle(config.bundle))
     bundle = locate_bundle(config.bundle)
     side_px = config.image_side_px or bundle.config.training_side_px
     specs = [cache_spec(bundle, kind, image_side_px=side_px, dtype=config.dtype) for kind in _KINDS[config.what]]
@@ -96,7 +97,7 @@ def cache(config: CacheConfig, *, console: Console | None = None) -> Ending:
     _check_sizes(config, specs, _num_rows(ledger), console)
     # Not the ledger: a row's id says what its images are, so that a cache may serve several.
     decides = {"caches": [dataclasses.asdict(spec) for spec in specs]}
-    with open_run(out, make_record("cache", config, decides), console) as run:
+    with open_run(out, make_record("cache", config, decides), config, console) as run:
         done = functools.reduce(np.intersect1d, [cached_ids(list_shards(out, spec).values()) for spec in specs])
         pending = _plan(config, ledger, out, done)
         run.say(f"{pending.num_rows} rows to encode; caches: {out.url}")
@@ -105,7 +106,7 @@ def cache(config: CacheConfig, *, console: Console | None = None) -> Ending:
             pending,
             lambda: _stream(config, specs, out, images, pending),
             stages={"encode": config.encode},
-            shared={"the folder of the images": images},
+            shared={"the folder of the images": images, **local_bundles(config.bundle)},
             task_cpus=_FETCH_CPUS,
             grows=config.cluster_grows,
         )

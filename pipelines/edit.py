@@ -9,6 +9,7 @@ that actors hold, a block that Ray runs again overwrites its own files, and the 
 interrupted.
 """
 
+import dataclasses
 import hashlib
 import json
 import posixpath
@@ -28,7 +29,7 @@ from mgie.errors import ConfigError, DataError
 from mgie.images.files import OutputFormat
 from mgie.storage.folder import Folder, open_folder
 from pipelines.runs.blocks import PendingRows, figures_of, figures_table, ids_key, run_blocks, write_part, write_to_do
-from pipelines.runs.cluster import StageSize
+from pipelines.runs.cluster import StageSize, absolute_bundle, local_bundles
 from pipelines.runs.command import Ending, run_command
 from pipelines.runs.run import open_run
 from pipelines.runs.run_record import make_record
@@ -69,6 +70,7 @@ def edit(config: EditConfig, *, console: Console | None = None) -> Ending:
     """
     console = console or Console(quiet=True)
     console.print(f"reading {config.source} ...", soft_wrap=True, highlight=False)
+    config = dataclasses.replace(config, bundle=absolute_bundle(config.bundle))
     bundle = locate_bundle(config.bundle)
     bundle.config.defaults.override(**config.sampling)  # refuses bad settings before anything starts
     out = open_folder(config.out, endpoint=config.endpoint)
@@ -81,7 +83,7 @@ def edit(config: EditConfig, *, console: Console | None = None) -> Ending:
         "dtype": config.dtype,
         "rows": _hash_ids(rows),
     }
-    with open_run(out, make_record("edit", config, decides), console) as run:
+    with open_run(out, make_record("edit", config, decides), config, console) as run:
         pending = _plan(config, out, rows)
         run.say(f"{pending.num_rows} edits to do; results: {out.url}")
         run.work(
@@ -89,7 +91,7 @@ def edit(config: EditConfig, *, console: Console | None = None) -> Ending:
             pending,
             lambda: _stream(config, out, images, pending),
             stages={"edit": config.edit},
-            shared={"the folder of the images": images},
+            shared={"the folder of the images": images, **local_bundles(config.bundle)},
             task_cpus=_FETCH_CPUS,
             grows=config.cluster_grows,
         )

@@ -24,12 +24,12 @@ from mgie.bundle.record import BundleRecord
 from mgie.bundle.resolve import locate_bundle
 from mgie.data.ledger import images_root, read_latest, to_table
 from mgie.errors import ConfigError
-from mgie.evaluation.metrics import METRICS, NetworkName
+from mgie.evaluation.metrics import NetworkName
 from mgie.evaluation.network_files import Network, find_network
 from mgie.storage.folder import Folder, open_folder
 from pipelines.reports.evaluate import REPORT_HTML, ReportPlan, write_report
 from pipelines.runs.blocks import PendingRows, figures_table, ids_key, run_blocks, write_part, write_to_do
-from pipelines.runs.cluster import StageSize
+from pipelines.runs.cluster import StageSize, absolute_bundle, local_bundles
 from pipelines.runs.command import Ending, run_command
 from pipelines.runs.run import open_run
 from pipelines.runs.run_record import make_record, read_run
@@ -42,7 +42,9 @@ from pipelines.stages.score_rows import (
     Protocol,
     ScoringPlan,
     add_results,
+    metrics_of,
     read_rows,
+    scores_schema,
 )
 
 RESULT_VERSION = 1  # another number when the same rows get other scores: old runs are not continued then
@@ -82,6 +84,8 @@ class EvaluateConfig(EditSettings):
     "DINO, folder or hub id; MagicBrush: facebook/dino-vits16"
     lpips: str | None = None
     "folder with the weights of AlexNet and of LPIPS's heads"
+    scorer: str | None = None
+    "module:callable that makes a mgie.evaluation.metrics.RowScorer, which knows more of the rows"
     square_crop: bool | None = None
     "crop to the centre square; none: the bundle's"
     by: tuple[str, ...] = ()
@@ -98,8 +102,8 @@ class EvaluateConfig(EditSettings):
         for name in ("max_rows", "num_pictures"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1", param=name)
-        if self.rank_by not in METRICS:
-            raise ConfigError(f"rank_by is {self.rank_by!r}; it must be one of {', '.join(METRICS)}", param="rank_by")
+        if self.rank_by not in (metrics := metrics_of(self.scorer)):
+            raise ConfigError(f"rank_by is {self.rank_by!r}; it must be one of {', '.join(metrics)}", param="rank_by")
         if self.sweep_image_guidance and self.image_guidance_scale is not None:
             raise ConfigError(
                 "a sweep of image guidance was asked for, and one scale of it", param="image_guidance_scale"
@@ -151,6 +155,7 @@ def evaluate(config: EvaluateConfig, *, console: Console | None = None) -> Endin
     """
     console = console or Console(quiet=True)
     console.print(f"reading {config.ledger} ...", soft_wrap=True, highlight=False)
+    config = dataclasses.replace(config, bundle=absolute_bundle(config.bundle))
     ledger, out = (open_folder(where, endpoint=config.endpoint) for where in (config.ledger, config.out))
     images = open_folder(images_root(ledger, moved_to=config.images), endpoint=config.endpoint)
     results = open_folder(config.results, endpoint=config.endpoint) if config.results else out
@@ -181,7 +186,9 @@ def evaluate(config: EvaluateConfig, *, console: Console | None = None) -> Endin
         "dtype": config.dtype,
         "rows": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16],
     }  # no paths: it is the same wherever things lie
-    with open_run(out, make_record("evaluate", config, about), console) as run:
+    if config.scorer:
+        about["scorer"] = config.scorer
+    with open_run(out, make_record("evaluate", config, about), config, console) as run:
         pending = _plan(config, out, rows)
         run.say(f"{pending.num_rows} rows to score; results: {out.url}")
         # A network of the hub is fetched by every node for itself.
@@ -192,12 +199,13 @@ def evaluate(config: EvaluateConfig, *, console: Console | None = None) -> Endin
             lambda: _stream(config, plan, out, FetchPictures(images, results), pending),
             stages={"score": config.score},
             shared={"the folder of the images": images, "the folder of results": results}
-            | {f"network {one.identity}": open_folder(one.folder) for one in local},
+            | {f"network {one.identity}": open_folder(one.folder) for one in local}
+            | local_bundles(config.bundle),
             task_cpus=_FETCH_CPUS,
             grows=config.cluster_grows,
         )
         run.say("making the report ...")
-        report = write_report(out, images, results, _latest(out).to_pylist(), _report_plan(config, plan, about))
+        report = write_report(out, images, results, _latest(out, plan).to_pylist(), _report_plan(config, plan, about))
         run.finish(report["rows"])
     num_compared, num_left_out, reasons = (report["rows"][name] for name in ("compared", "left_out", "reasons"))
     why = ", ".join(f"{count} {code}" for code, count in reasons.items())
@@ -229,6 +237,7 @@ def _scoring_plan(
         settings=settings,
         has_ceiling=config.ceiling and bundle is not None,
         networks={name: network.where for name, network in networks.items()},
+        scorer=config.scorer,
         seed=config.seed,
         batch_size=config.score.batch_size,
         device=config.device,
@@ -247,17 +256,19 @@ def _report_plan(config: EvaluateConfig, plan: ScoringPlan, about: Mapping[str, 
         rank_by=config.rank_by,
         num_pictures=config.num_pictures,
         seed=config.seed,
+        metrics=plan.metrics,
     )
 
 
-def _latest(out: Folder) -> pa.Table:
+def _latest(out: Folder, plan: ScoringPlan) -> pa.Table:
     """The score rows of each id's highest attempt."""
-    return read_latest(out, SCORES_SCHEMA, key=("id", "setting"))
+    return read_latest(out, scores_schema(plan.metrics), key=("id", "setting"))
 
 
 def _plan(config: EvaluateConfig, out: Folder, rows: Sequence[dict[str, Any]]) -> PendingRows:
     """Writes the rows still to score."""
-    latest = _latest(out).select(["id", "attempt", "status"])
+    columns = ["id", "setting", "attempt", "status"]
+    latest = read_latest(out, SCORES_SCHEMA, columns=columns, key=("id", "setting"))
     return write_to_do(
         out,
         rows,
@@ -276,7 +287,7 @@ class _Score:
             ScoreEdits,  # here, because it needs torch, which the driver and the tasks that fetch do without
         )
 
-        self._score, self._out = ScoreEdits(plan), out
+        self._score, self._out, self._schema = ScoreEdits(plan), out, scores_schema(plan.metrics)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = []
@@ -285,7 +296,7 @@ class _Score:
                 row["edited"] = f"{_IMAGES}/{row['id']:016x}-{row['setting'].replace(' ', '-')}.png"
                 self._out.write(row["edited"], data)
             rows.append(row)
-        write_part(self._out, to_table(rows, SCORES_SCHEMA), ids_key(table))
+        write_part(self._out, to_table(rows, self._schema), ids_key(table))
         return figures_table({"rows": table.num_rows})
 
 

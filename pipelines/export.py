@@ -92,9 +92,10 @@ def export(config: ExportConfig, *, console: Console | None = None) -> dict[str,
     }
     files = [dataclasses.asdict(entry) for entry in ledger.list() if entry.name.endswith(".parquet")]
     record = RunRecord(job="export", fingerprint=fingerprint({**content, "files": files}), config=content)
-    with open_run(output, record, console, is_done_once=True) as run:
+    with open_run(output, record, config, console, is_done_once=True) as run:
         if run.is_finished:
             return dict((run.record.report or {})["splits"])
+        run.begin()
         run.say(f"reading the ledger {ledger.url} ...")
         counts: Counter[str] = Counter()
         for batch in read_ledger(ledger, columns=["split"]):

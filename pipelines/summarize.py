@@ -57,7 +57,7 @@ from pipelines.runs.blocks import (
     write_part,
     write_pending,
 )
-from pipelines.runs.cluster import StageSize
+from pipelines.runs.cluster import StageSize, absolute_bundle, local_bundles
 from pipelines.runs.command import Ending, run_command
 from pipelines.runs.run import open_run
 from pipelines.runs.run_record import RunRecord, make_record
@@ -136,7 +136,13 @@ def summarize(config: SummarizeConfig, *, console: Console | None = None) -> End
     console.print(f"reading the manifest {manifest.url} ...", soft_wrap=True, highlight=False)
     images = open_folder(images_root(manifest, moved_to=config.images), endpoint=config.endpoint)
     stages = {"describe": config.describe, "summarize": config.summarize}
-    with open_run(out, _run_record(config, manifest), console) as run:
+    with open_run(out, _run_record(config, manifest), config, console) as run:
+        is_folder = config.backend != "openai"
+        config = dataclasses.replace(
+            config,
+            describe_model=absolute_bundle(config.describe_model) if is_folder else config.describe_model,
+            summarize_model=absolute_bundle(config.summarize_model),
+        )
         pending = plan(config, manifest, out)
         num_lost = min(pending.num_rows, config.max_rows_in_flight)
         run.say(f"{pending.num_rows} rows to do; a kill loses at most {num_lost} rows of work; ledger: {out.url}")
@@ -148,7 +154,10 @@ def summarize(config: SummarizeConfig, *, console: Console | None = None) -> End
             lambda: stream(config, out, images, pending),
             each=totals.add,
             stages=stages,
-            shared={"the folder of the images": images},
+            shared={
+                "the folder of the images": images,
+                **local_bundles(config.describe_model, config.summarize_model),
+            },
             task_cpus=_FETCH_CPUS,
             grows=config.cluster_grows,
         )

@@ -19,8 +19,10 @@ from rich.console import Console
 
 from mgie.bundle.shipped import SHIPPED
 from mgie.errors import ConfigError
+from mgie.storage.folder import open_folder
 from mgie.tiny.pretraining.__main__ import num_samples
 from pipelines.runs.command import Ending, run_command
+from pipelines.runs.config_file import write_config
 from pipelines.runs.recipe import Stage, make
 
 _LEARN = ("-m", "mgie.tiny.pretraining")
@@ -117,7 +119,7 @@ def scoring(bundle: str, *more: str) -> Stage:
     """Edits the held-out rows with the bundle of a stage, and scores the edits."""
     arguments = (
         "pipelines/evaluate.py", "--ledger", "{test-ledger}/ledger", "--bundle", f"{{{bundle}}}/bundle",
-        "--out", "{out}/scores", "--by", "family", "operation", "is_ambiguous", "held_out", *more,
+        "--out", "{out}/scores", "--scorer", "mgie.tiny.world.scorer:WorldScorer", "--by", "family", "operation", "is_ambiguous", "held_out", *more,
     )  # fmt: skip
     return Stage(arguments=arguments, needs=("test-ledger", bundle))
 
@@ -186,6 +188,7 @@ def on_gpu(stages: Mapping[str, Stage]) -> dict[str, Stage]:
 
 def _run(config: TinyConfig, *, console: Console) -> Ending:
     console.print(f"{num_samples(config.share)} samples, share {config.share} of all steps, in {config.work}")
+    write_config(open_folder(config.work), config)
     places = make(
         on_gpu(STAGES) if config.gpu else STAGES,
         config.work.resolve(),

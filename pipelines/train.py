@@ -34,7 +34,7 @@ from mgie.errors import ConfigError, MGIEError
 from mgie.storage.folder import Folder, open_folder
 from mgie.training.variants import check_variant, open_caches, training_side_px
 from pipelines.reports.train import plot_run
-from pipelines.runs.cluster import StageSize
+from pipelines.runs.cluster import StageSize, absolute_bundle, local_bundles
 from pipelines.runs.command import Ending, FaultError, causes, run_command
 from pipelines.runs.run import Run, open_run
 from pipelines.runs.run_record import RunRecord, make_record
@@ -161,12 +161,12 @@ def train(config: TrainConfig, *, console: Console | None = None) -> Ending:
     """
     console = console or Console(quiet=True)
     console.print(f"opening bundle {config.init} and the ledgers ...", soft_wrap=True, highlight=False)
-    init = _absolute(config.init)
+    init = absolute_bundle(config.init)
     bundle = open_bundle(init)
     check_variant(bundle, config.training.variant)
     out, *ledgers = (open_folder(url, endpoint=config.endpoint) for url in (config.out, *config.ledger))
     record = _run_record(config, ledgers, bundle)
-    with open_run(out, record, console, is_done_once=True, may_grow="training.steps") as run:
+    with open_run(out, record, config, console, is_done_once=True, may_grow="training.steps") as run:
         if run.is_finished:
             said = "the run was finished before; more --training.steps continue it, another run needs another --out\n"
             return _ending(run, run.record.report or {}, said)
@@ -199,15 +199,10 @@ def _join(config: TrainConfig, job: TrainingJob, run: Run) -> None:
         min_actors=size.num, max_actors=max(size.num, size.max), num_cpus=size.num_cpus, num_gpus=size.num_gpus
     )
     shared = {f"the folder of the images {k}": images for k, images in enumerate(job.images)}
+    shared |= local_bundles(job.init)
     if job.cache:
         shared["the cache"] = job.cache
     run.join({"workers": stage}, shared, task_cpus=0, grows=config.cluster_grows)
-
-
-def _absolute(bundle: str) -> str:
-    """The name of a bundle as workers can use it, who work in another folder."""
-    path = Path(bundle).expanduser()
-    return str(path.absolute()) if path.exists() else bundle
 
 
 def _run_record(config: TrainConfig, ledgers: list[Folder], bundle: Bundle) -> RunRecord:

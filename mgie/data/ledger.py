@@ -492,7 +492,7 @@ def _check_columns(path: str, found: pa.Schema, wanted: pa.Schema) -> None:
 
 def _same_kind(found: pa.DataType, wanted: pa.DataType) -> bool:
     """Text stored as another kind of text, a narrower or wider integer, and a column of nothing but nulls are fine."""
-    if pa.types.is_null(found):
+    if pa.types.is_null(found) or found.equals(wanted):
         return True
     if pa.types.is_integer(wanted):
         return cast("bool", pa.types.is_integer(found))

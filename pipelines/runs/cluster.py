@@ -19,8 +19,9 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from mgie.bundle.embedded import EMBEDDED
 from mgie.errors import ConfigError
-from mgie.storage.folder import Folder
+from mgie.storage.folder import Folder, open_folder
 
 PATIENCE_S = 15.0  # what a killed job held is free again after a few seconds
 _PROBE_S = 5.0
@@ -192,6 +193,17 @@ def check_shared(folders: Mapping[str, Folder]) -> None:
                 f"{name} is {paths[name]}, which node {host} does not see; "
                 "give a folder that all nodes share, or an s3:// URL"
             )
+
+
+def absolute_bundle(name: str) -> str:
+    """A bundle's name as tasks and actors can use it, who work in another folder than the one who gave it."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if name not in EMBEDDED and path.is_dir() else name
+
+
+def local_bundles(*names: str) -> dict[str, Folder]:
+    """Those of the bundles (`absolute_bundle`) that all nodes must see, by what they are; others they fetch."""
+    return {f"bundle {name}": open_folder(name) for name in names if name.startswith("/")}
 
 
 def _unseen(paths: Mapping[str, str]) -> list[str]:

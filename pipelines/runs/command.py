@@ -23,6 +23,7 @@ from rich.console import Console
 import mgie.errors
 from mgie.errors import MGIEError
 from mgie.storage.retry import is_store_fault
+from pipelines.runs.config_file import expand
 
 Config = TypeVar("Config")
 
@@ -34,6 +35,9 @@ STATUSES = """Exit status:
   3    a fault of store, disk, cluster or endpoint: the same command continues the run
   4    done, but a larger share of the rows was rejected than --max-rejected allows
   130  stopped by Ctrl-C or SIGTERM: the same command goes on
+
+Settings may also come from `--config FILE.yaml`, by the names of the flags, which win over the file. Those of a run
+are written beside its output, as config.yaml.
 """
 
 
@@ -103,7 +107,8 @@ def _parse(config_type: type[Config], about: str | None) -> Config:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(config_type, description=f"{about or ''}\n\n{STATUSES}")
+            arguments = expand(config_type, sys.argv[1:])
+            return tyro.cli(config_type, args=arguments, description=f"{about or ''}\n\n{STATUSES}")
     except SystemExit as end:
         if not end.code:
             raise

@@ -11,6 +11,7 @@ from rich.console import Console
 from mgie.storage.folder import Folder
 from pipelines.runs.blocks import PendingRows
 from pipelines.runs.cluster import StageSize, check_cluster, check_shared, start_ray
+from pipelines.runs.config_file import write_config
 from pipelines.runs.lease import HeldLease, hold_lease
 from pipelines.runs.progress import Bar
 from pipelines.runs.run_record import RunRecord, claim
@@ -22,6 +23,8 @@ class Run:
 
     out: Folder
     record: RunRecord
+    config: Any
+    "dataclass of all settings"
     console: Console
     lease: HeldLease
 
@@ -33,6 +36,10 @@ class Run:
     def say(self, text: str) -> None:
         """Prints a line: what is begun now, and may take a while."""
         self.console.print(text, soft_wrap=True, highlight=False)
+
+    def begin(self) -> None:
+        """Notes the settings beside the output: something will be done. Raises OSError."""
+        write_config(self.out, self.config)
 
     def join(
         self,
@@ -54,6 +61,7 @@ class Run:
             ConfigError: The cluster is too small, or a node does not see a folder.
             OSError: There is no cluster where one should be.
         """
+        self.begin()
         self.say("joining or starting Ray, which may take half a minute ...")
         start_ray(self.say)
         check_cluster(stages, task_cpus=task_cpus, grows=grows)
@@ -98,7 +106,13 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(
-    out: Folder, record: RunRecord, console: Console | None, *, is_done_once: bool = False, may_grow: str = ""
+    out: Folder,
+    record: RunRecord,
+    config: Any,
+    console: Console | None,
+    *,
+    is_done_once: bool = False,
+    may_grow: str = "",
 ) -> Iterator[Run]:
     """Claims the folder for the run, or continues it there, and holds its lease for the duration of the block.
 
@@ -117,4 +131,4 @@ def open_run(
             lease = stack.enter_context(hold_lease(out))
             found = claim(out, record)  # another process may have finished it just before
         is_over = is_done_once and found.is_finished
-        yield Run(out=out, record=found if is_over else record, console=console, lease=lease)
+        yield Run(out=out, record=found if is_over else record, config=config, console=console, lease=lease)

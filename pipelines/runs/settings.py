@@ -1,9 +1,12 @@
 """Settings that several jobs have, with their flags and checks."""
 
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from mgie.config import MAX_SEED, Sampler, check_range
+from mgie.errors import ConfigError
 
 _SAMPLING = ("steps", "guidance_scale", "image_guidance_scale", "sampler", "detail_transfer")
 
@@ -65,3 +68,13 @@ class EditSettings(LedgerSettings):
     def sampling(self) -> dict[str, Any]:
         """The sampling settings given."""
         return {name: getattr(self, name) for name in _SAMPLING}
+
+
+def load_named(name: str, *, param: str, others: str = "") -> Callable[..., Any]:
+    """The callable that a setting names as `module:callable`. Raises ConfigError, which names `others`, too."""
+    module, _, attribute = name.partition(":")
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{param} is {name!r}; it must be {others}module:callable ({error})", param=param) from error
+    return found
