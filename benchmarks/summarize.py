@@ -146,13 +146,15 @@ def main() -> None:
         outcome = summarize(config)
         out = open_folder(config.out)
         written = from_ledger(out)
-        assert len(written) == outcome.num_written, "rows were rejected"
+        assert len(written) == outcome.report["rows"], "rows were rejected"
         equal = share_equal({row_id: written[row_id] for row_id in expected}, expected)
         rates["job"] = steady_rate(out)
         ray.shutdown()
     for name, rate in rates.items():
         print(f"{name:24} {rate:8.2f} rows/s  {rate / rates['loop, as published']:6.2f}x")
-    print(f"job with start: {outcome.num_written} rows in {outcome.seconds:.1f} s; {equal:.1%} of texts equal")
+    print(
+        f"job with start: {outcome.report['rows']} rows in {outcome.report['seconds']:.1f} s; {equal:.1%} of texts equal"
+    )
     assert equal == 1.0, "the job's outputs differ from the loop's"
     result = {
         "name": "summarize",

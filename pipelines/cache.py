@@ -10,7 +10,6 @@ that has grown, or another one, adds the rows that are not in the cache yet. `mg
 
 import dataclasses
 import functools
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,22 +17,20 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import ray
-import ray.exceptions
-import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mgie.bundle.resolve import locate_bundle
-from mgie.config import CacheKind
-from mgie.data.latent_cache import CacheDtype, CacheSpec, Ids, Shard, cached_ids, finish_cache, list_shards, write_shard
+from mgie.config import CacheKind, check_range
+from mgie.data.latent_cache import CacheDtype, CacheSpec, Ids, cached_ids, finish_cache, list_shards, write_shard
 from mgie.data.ledger import images_root, read_edits
 from mgie.errors import ConfigError, DataError, MGIEError
 from mgie.storage.folder import Folder, open_folder
-from pipelines.runs.blocks import PendingRows, run_blocks, write_pending
-from pipelines.runs.cluster import StageSize, cause_of, check_cluster, check_shared, start_ray
-from pipelines.runs.lease import hold_lease
-from pipelines.runs.run_record import RunRecord, claim, fingerprint
+from pipelines.runs.blocks import PendingRows, figures_table, run_blocks, write_pending
+from pipelines.runs.cluster import StageSize, absolute_bundle, local_bundles
+from pipelines.runs.command import Ending, run_command
+from pipelines.runs.run import open_run
+from pipelines.runs.run_record import make_record
+from pipelines.runs.settings import ClusterSettings
 from pipelines.stages.squares import CACHED_SCHEMA, FetchSquares, cache_spec
 
 What = Literal["vae", "clip", "both"]
@@ -48,7 +45,7 @@ _FETCH_CPUS = 0.5  # decodes, and waits for storage; an encoder of the same size
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheConfig:
+class CacheConfig(ClusterSettings):
     """Fills the caches that training reads instead of running the frozen encoders."""
 
     ledger: str = "out/ledger"
@@ -57,8 +54,6 @@ class CacheConfig:
     "folder for the caches, local or s3://"
     images: str | None = None
     "where the images lie, if not where the ledger says"
-    endpoint: str | None = None
-    "address of an S3 store that is not Amazon's; default: AWS_ENDPOINT_URL"
     bundle: str = "tiny"
     "the bundle that training begins from: embedded name, folder, hub id or s3://bucket/prefix"
     what: What = "vae"
@@ -75,25 +70,12 @@ class CacheConfig:
     "rows of one block, which is written whole or not at all"
     yes_large: bool = False
     "write CLIP features of more than 20 GiB"
-    cluster_grows: bool = False
-    "the cluster adds nodes on demand: do not refuse to start because it is too small now"
 
     def __post_init__(self) -> None:
-        if self.rows_per_shard < 1:
-            raise ConfigError(f"rows_per_shard is {self.rows_per_shard}; it must be at least 1", param="rows_per_shard")
+        check_range("rows_per_shard", self.rows_per_shard, 1, 1_000_000)
 
 
-@dataclass(frozen=True)
-class CacheResult:
-    """What a run did, and what there is now."""
-
-    num_pending: int
-    num_rows: int
-    num_bytes: int
-    out: str
-
-
-def cache(config: CacheConfig, *, console: Console | None = None) -> CacheResult:
+def cache(config: CacheConfig, *, console: Console | None = None) -> Ending:
     """Runs the job to its end.
 
     Raises:
@@ -104,6 +86,8 @@ def cache(config: CacheConfig, *, console: Console | None = None) -> CacheResult
         OSError: A store is in trouble.
     """
     console = console or Console(quiet=True)
+    console.print(f"reading {config.ledger} ...", soft_wrap=True, highlight=False)
+    config = dataclasses.replace(config, bundle=absolute_bundle(config.bundle))
     bundle = locate_bundle(config.bundle)
     side_px = config.image_side_px or bundle.config.training_side_px
     specs = [cache_spec(bundle, kind, image_side_px=side_px, dtype=config.dtype) for kind in _KINDS[config.what]]
@@ -113,31 +97,25 @@ def cache(config: CacheConfig, *, console: Console | None = None) -> CacheResult
     _check_sizes(config, specs, _num_rows(ledger), console)
     # Not the ledger: a row's id says what its images are, so that a cache may serve several.
     decides = {"caches": [dataclasses.asdict(spec) for spec in specs]}
-    run = RunRecord(job="cache", fingerprint=fingerprint(decides), config=dataclasses.asdict(config) | decides)
-    claim(out, run)
-    console.print("joining or starting Ray, which may take half a minute ...")
-    start_ray()
-    check_cluster({"encode": config.encode}, task_cpus=_FETCH_CPUS, grows=config.cluster_grows)
-    check_shared({"the output folder": out, "the folder of the images": images})
-    with hold_lease(out) as lease:
-        done = functools.reduce(np.intersect1d, [cached_ids(_shards(out, spec).values()) for spec in specs])
+    with open_run(out, make_record("cache", config, decides), config, console) as run:
+        done = functools.reduce(np.intersect1d, [cached_ids(list_shards(out, spec).values()) for spec in specs])
         pending = _plan(config, ledger, out, done)
-        console.print(f"{pending.num_rows} rows to encode; caches: {out.url}", soft_wrap=True)
-        if pending.num_rows:
-            bar = Progress(
-                TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-            )
-            with bar:
-                task = bar.add_task("rows", total=pending.num_rows)
-                for num_rows in _stream(config, specs, out, images, pending):
-                    bar.update(task, advance=num_rows)
-                    lease.check()
-        stamps = [finish_cache(out, spec, _shards(out, spec)) for spec in specs]
-        pending.delete()
+        run.say(f"{pending.num_rows} rows to encode; caches: {out.url}")
+        run.work(
+            "rows",
+            pending,
+            lambda: _stream(config, specs, out, images, pending),
+            stages={"encode": config.encode},
+            shared={"the folder of the images": images, **local_bundles(config.bundle)},
+            task_cpus=_FETCH_CPUS,
+            grows=config.cluster_grows,
+        )
+        stamps = [finish_cache(out, spec, list_shards(out, spec)) for spec in specs]
         num_bytes = sum(stamp.num_rows * stamp.spec.row_bytes for stamp in stamps)
         report = {"rows": stamps[0].num_rows, "bytes": num_bytes}
-        dataclasses.replace(run, is_finished=True, report=report).write(out)
-    return CacheResult(pending.num_rows, stamps[0].num_rows, num_bytes, out.url)
+        run.finish(report)
+    size = f"{stamps[0].num_rows} rows, {num_bytes / 2**20:.1f} MiB: {out.url}"
+    return Ending(said=f"{pending.num_rows} rows encoded; {size}", report=report)
 
 
 def _num_rows(ledger: Folder) -> int:
@@ -155,10 +133,6 @@ def _check_sizes(config: CacheConfig, specs: list[CacheSpec], num_rows: int, con
                 "or --what vae: the vision tower is a small share of a training step",
                 param="yes_large",
             )
-
-
-def _shards(out: Folder, spec: CacheSpec) -> dict[str, Shard]:
-    return list_shards(out, spec)
 
 
 def _plan(config: CacheConfig, ledger: Folder, out: Folder, done: Ids) -> PendingRows:
@@ -184,7 +158,7 @@ class _EncodeAndCommit:
             figures: dict[str, Any] = {"rows": self._commit(table)}
         except MGIEError as error:  # of what a worker raises Ray Data would bring back a traceback only
             figures = {"error": str(error)}
-        return pa.table({"figures": [json.dumps(figures)]})
+        return figures_table(figures)
 
     def _commit(self, table: pa.Table) -> int:
         encoded = self._encode(table)
@@ -200,35 +174,21 @@ class _EncodeAndCommit:
 
 def _stream(
     config: CacheConfig, specs: list[CacheSpec], out: Folder, images: Folder, pending: PendingRows
-) -> Iterator[int]:
-    """Runs the blocks; yields the number of rows of each when it is written. Raises DataError for a row at fault."""
+) -> Iterator[dict[str, Any]]:
+    """Runs the blocks; yields the figures of each when it is written. Raises DataError for a row at fault."""
     squares = FetchSquares(images, specs)
     written = pending.fetch(squares, num_cpus=_FETCH_CPUS).map_batches(
         _EncodeAndCommit, fn_constructor_args=(config, specs, out), **config.encode.pool()
     )
-    for figures in map(json.loads, run_blocks(written, "figures")):
+    for figures in run_blocks(written):
         if "error" in figures:
             raise DataError(figures["error"])
-        yield figures["rows"]
+        yield figures
 
 
 def main() -> int:
-    """Entry point; returns the exit status: 0 done, 1 interrupted by a fault, 2 refused."""
-    console, errors = Console(), Console(stderr=True, style="red", soft_wrap=True, markup=False, highlight=False)
-    try:
-        outcome = cache(tyro.cli(CacheConfig), console=console)
-    except MGIEError as error:
-        errors.print(f"error: {error}")
-        return 2
-    except (OSError, ray.exceptions.RayError) as error:
-        cause = cause_of(error)
-        errors.print(f"error: {type(cause).__name__}: {cause}\nthe same command continues the run")
-        return 1
-    console.print(
-        f"{outcome.num_pending} rows encoded; {outcome.num_rows} rows, {outcome.num_bytes / 2**20:.1f} MiB: {outcome.out}",
-        soft_wrap=True,
-    )
-    return 0
+    """The job as a command; returns the exit status."""
+    return run_command(CacheConfig, cache, about=__doc__)
 
 
 if __name__ == "__main__":

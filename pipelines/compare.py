@@ -18,16 +18,18 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
-import tyro
 from rich.console import Console
 
-from mgie.errors import ConfigError, DataError, MGIEError
+from mgie.data.ledger import read_latest
+from mgie.errors import ConfigError, DataError
 from mgie.evaluation.bootstrap import LEVEL, Interval, bootstrap_means
-from mgie.evaluation.metrics import METRICS
+from mgie.storage.folder import open_folder
 from pipelines import tiny
-from pipelines.reports.compare import Comparison, Group, markdown, plot
+from pipelines.reports.compare import METRICS, Comparison, Group, markdown, plot
+from pipelines.runs.command import Ending, run_command
+from pipelines.runs.config_file import write_config
 from pipelines.runs.recipe import Stage, make
+from pipelines.stages.score_rows import scores_schema
 
 VARIANTS = ("ip2p", "ft", "fz", "lgie", "e2e", "e2e without L_ins")
 CLAIMS = (("e2e", "ft"), ("ft", "fz"), ("e2e", "lgie"), ("lgie", "ip2p"), ("e2e", "ip2p"), ("e2e", "e2e without L_ins"))
@@ -143,10 +145,9 @@ def _group(name: str, metric: str, values: Mapping[str, npt.NDArray[np.float64]]
 def _read(folder: Path) -> dict[int, dict[str, dict[str, Any]]]:
     """Score rows by id and setting; those that could not be scored are left out."""
     found: dict[int, dict[str, dict[str, Any]]] = {}
-    for path in sorted(folder.glob("part-*.parquet")):
-        for row in pq.read_table(path).to_pylist():
-            if row["status"] == "ok":
-                found.setdefault(row["id"], {})[row["setting"]] = row
+    for row in read_latest(open_folder(folder), scores_schema(METRICS), key=("id", "setting")).to_pylist():
+        if row["status"] == "ok":
+            found.setdefault(row["id"], {})[row["setting"]] = row
     return found
 
 
@@ -157,25 +158,23 @@ def _column(
     return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
 
-def main(config: CompareConfig) -> int:
-    """Runs the comparison; returns the exit status."""
-    console = Console()
-    try:
-        places = make(
-            stages(config), config.work.resolve(), share=config.share, parallel=config.parallel, console=console,
-            until=[_name("scores", variant, seed) for variant in VARIANTS for seed in range(config.seeds)],
-        )  # fmt: skip
-        comparison = compare(places, config)
-        config.results.mkdir(parents=True, exist_ok=True)
-        (config.results / "comparison.json").write_text(json.dumps(comparison.as_json(), indent=1) + "\n")
-        (config.results / "comparison.md").write_text(markdown(comparison))
-        (config.results / "comparison.svg").write_text(plot(comparison))
-    except (MGIEError, OSError) as error:
-        console.print(f"error: {error}", style="red", soft_wrap=True)
-        return 1
-    console.print(f"comparison: {config.results / 'comparison.md'}")
-    return 0
+def _run(config: CompareConfig, *, console: Console) -> Ending:
+    write_config(open_folder(config.results), config)
+    places = make(
+        stages(config), config.work.resolve(), share=config.share, parallel=config.parallel, console=console,
+        until=[_name("scores", variant, seed) for variant in VARIANTS for seed in range(config.seeds)],
+    )  # fmt: skip
+    comparison = compare(places, config)
+    (config.results / "comparison.json").write_text(json.dumps(comparison.as_json(), indent=1) + "\n")
+    (config.results / "comparison.md").write_text(markdown(comparison))
+    (config.results / "comparison.svg").write_text(plot(comparison))
+    return Ending(said=f"comparison: {config.results / 'comparison.md'}")
+
+
+def main() -> int:
+    """The recipe as a command; returns the exit status."""
+    return run_command(CompareConfig, _run, about=__doc__)
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(CompareConfig, description=__doc__)))
+    sys.exit(main())

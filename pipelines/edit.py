@@ -11,43 +11,29 @@ interrupted.
 
 import dataclasses
 import hashlib
-import io
 import json
 import posixpath
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-import ray
-import ray.exceptions
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mgie.bundle.resolve import locate_bundle
-from mgie.config import MAX_SEED, Sampler
 from mgie.data.edit_list import parse_edit_list
-from mgie.data.ledger import (
-    EDITS_SCHEMA,
-    IMAGES_FILE,
-    images_root,
-    list_parquet,
-    read_manifest,
-    rejection_code,
-    row_id,
-    to_table,
-)
-from mgie.errors import ConfigError, DataError, MGIEError
+from mgie.data.ledger import EDITS_SCHEMA, IMAGES_FILE, images_root, read_latest, read_manifest, row_id, to_table
+from mgie.errors import ConfigError, DataError
 from mgie.images.files import OutputFormat
 from mgie.storage.folder import Folder, open_folder
-from pipelines.runs.blocks import PendingRows, run_blocks, write_pending
-from pipelines.runs.cluster import StageSize, check_cluster, check_shared, start_ray
-from pipelines.runs.lease import hold_lease
-from pipelines.runs.run_record import RunRecord, claim, fingerprint
+from pipelines.runs.blocks import PendingRows, figures_of, figures_table, ids_key, run_blocks, write_part, write_to_do
+from pipelines.runs.cluster import StageSize, absolute_bundle, local_bundles
+from pipelines.runs.command import Ending, run_command
+from pipelines.runs.run import open_run
+from pipelines.runs.run_record import make_record
+from pipelines.runs.settings import EditSettings
 from pipelines.stages.fetch import EDIT_ROW_SCHEMA, FetchSources
 from pipelines.stages.seeds import row_seed
 
@@ -57,7 +43,7 @@ _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".heic", ".heif")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditConfig:
+class EditConfig(EditSettings):
     """Edits many images."""
 
     source: Annotated[str, tyro.conf.Positional]
@@ -66,63 +52,13 @@ class EditConfig:
     "what to change, for a folder of images; the others name their own"
     out: str = "edited"
     "folder for results and ledger, local or s3://"
-    endpoint: str | None = None
-    "address of an S3 store that is not Amazon's; default: AWS_ENDPOINT_URL"
-    bundle: str = "tiny"
-    "embedded name, folder, hub id or s3://bucket/prefix"
-    seed: int = 0
-    "each row's own seed follows from this one and the row, unless the row names one"
-    steps: int | None = None
-    "denoising steps; none: the bundle's"
-    guidance_scale: float | None = None
-    "text guidance; none: the bundle's"
-    image_guidance_scale: float | None = None
-    "image guidance; none: the bundle's"
-    sampler: Sampler | None = None
-    "sampling algorithm; none: the bundle's"
-    detail_transfer: bool | None = None
-    "make the change to the photo's own pixels; none: the bundle's"
     format: OutputFormat = "png"
     "file format of the results"
-    device: str = "auto"
-    "auto, cpu or cuda"
-    dtype: str = "auto"
-    "auto, float32, bfloat16 or float16"
     edit: StageSize = field(default_factory=lambda: StageSize(num_cpus=1.0))
     "size of the editing stage"
-    rows_per_commit: int = 16
-    "rows of one block; a kill loses at most this many for each editing actor"
-    retry_failed: bool = False
-    "try the rejected rows again, as their next attempt"
-    cluster_grows: bool = False
-    "the cluster adds nodes on demand: do not refuse to start because it is too small now"
-
-    def __post_init__(self) -> None:
-        if self.rows_per_commit < 1:
-            raise ConfigError(
-                f"rows_per_commit is {self.rows_per_commit}; it must be at least 1", param="rows_per_commit"
-            )
-        if not 0 <= self.seed <= MAX_SEED:
-            raise ConfigError(f"seed is {self.seed}; it must be 0 to {MAX_SEED}", param="seed")
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The sampling settings given."""
-        names = ("steps", "guidance_scale", "image_guidance_scale", "sampler", "detail_transfer")
-        return {name: getattr(self, name) for name in names}
 
 
-@dataclass(frozen=True)
-class EditRunResult:
-    """What a run did, and where it lies."""
-
-    num_pending: int
-    by_status: Counter[str]
-    by_reason: Counter[str]
-    out: str
-
-
-def edit(config: EditConfig, *, console: Console | None = None) -> EditRunResult:
+def edit(config: EditConfig, *, console: Console | None = None) -> Ending:
     """Runs the job to its end.
 
     Raises:
@@ -133,42 +69,44 @@ def edit(config: EditConfig, *, console: Console | None = None) -> EditRunResult
         OSError: A store is in trouble.
     """
     console = console or Console(quiet=True)
+    console.print(f"reading {config.source} ...", soft_wrap=True, highlight=False)
+    config = dataclasses.replace(config, bundle=absolute_bundle(config.bundle))
     bundle = locate_bundle(config.bundle)
-    bundle.config.defaults.override(**config.settings)  # refuses bad settings before anything starts
+    bundle.config.defaults.override(**config.sampling)  # refuses bad settings before anything starts
     out = open_folder(config.out, endpoint=config.endpoint)
     images, rows = _read_source(config)
     decides = {
         "bundle_identity": bundle.identity,
-        "settings": config.settings,
+        "settings": config.sampling,
         "seed": config.seed,
         "format": config.format,
         "dtype": config.dtype,
         "rows": _hash_ids(rows),
     }
-    run = RunRecord(job="edit", fingerprint=fingerprint(decides), config=dataclasses.asdict(config) | decides)
-    claim(out, run)
-    console.print("joining or starting Ray, which may take half a minute ...")
-    start_ray()
-    check_cluster({"edit": config.edit}, task_cpus=_FETCH_CPUS, grows=config.cluster_grows)
-    check_shared({"the output folder": out, "the folder of the images": images})
-    by_status, by_reason = Counter[str](), Counter[str]()
-    with hold_lease(out) as lease:
+    with open_run(out, make_record("edit", config, decides), config, console) as run:
         pending = _plan(config, out, rows)
-        console.print(f"{pending.num_rows} edits to do; results: {out.url}", soft_wrap=True)
-        if pending.num_rows:
-            bar = Progress(
-                TextColumn("edits"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-            )
-            with bar:
-                task = bar.add_task("edits", total=pending.num_rows)
-                for block in _stream(config, out, images, pending):
-                    by_status.update(block["status"])
-                    by_reason.update(block["reasons"])
-                    bar.update(task, completed=by_status.total())
-                    lease.check()
-        pending.delete()
-        dataclasses.replace(run, is_finished=True, report={"status": by_status, "reasons": by_reason}).write(out)
-    return EditRunResult(pending.num_rows, by_status, by_reason, out.url)
+        run.say(f"{pending.num_rows} edits to do; results: {out.url}")
+        run.work(
+            "edits",
+            pending,
+            lambda: _stream(config, out, images, pending),
+            stages={"edit": config.edit},
+            shared={"the folder of the images": images, **local_bundles(config.bundle)},
+            task_cpus=_FETCH_CPUS,
+            grows=config.cluster_grows,
+        )
+        figures = figures_of(read_latest(out, EDITS_SCHEMA, columns=["id", "attempt", "status", "reason"]))
+        run.finish({"status": figures["status"], "reasons": figures["reasons"]})
+    num_ok, num_rejected = (figures["status"][name] for name in ("ok", "rejected"))
+    reasons = ", ".join(f"{count} {code}" for code, count in sorted(figures["reasons"].items()))
+    return Ending(
+        said=f"{num_ok} edited, {num_rejected} rejected{f' ({reasons})' if reasons else ''}; "
+        f"results and ledger: {out.url}",
+        report=figures,
+        num_rows=num_ok + num_rejected,
+        num_rejected=num_rejected,
+        max_rejected=config.max_rejected,
+    )
 
 
 def _read_source(config: EditConfig) -> tuple[Folder, list[dict[str, Any]]]:
@@ -231,17 +169,9 @@ def _hash_ids(rows: list[dict[str, Any]]) -> str:
 
 def _plan(config: EditConfig, out: Folder, rows: list[dict[str, Any]]) -> PendingRows:
     """Writes the edits still to do."""
-    last: dict[int, tuple[int, str]] = {}
-    for path in list_parquet(out):
-        table = pq.read_table(path, columns=["id", "attempt", "status"], filesystem=out.filesystem)
-        for number, attempt, status in zip(*(column.to_pylist() for column in table.columns), strict=True):
-            last[number] = max(last.get(number, (0, "")), (attempt, status))
-    pending = [row for row in rows if row["id"] not in last]
-    if config.retry_failed:
-        failed = {number: attempt for number, (attempt, status) in last.items() if status == "rejected"}
-        pending += [row | {"attempt": failed[row["id"]] + 1} for row in rows if row["id"] in failed]
-    return write_pending(
-        out, to_table(pending, EDITS_SCHEMA).to_batches(), EDITS_SCHEMA, rows_per_block=config.rows_per_commit
+    latest = read_latest(out, EDITS_SCHEMA, columns=["id", "attempt", "status"])
+    return write_to_do(
+        out, rows, EDITS_SCHEMA, latest=latest, retry_failed=config.retry_failed, rows_per_block=config.rows_per_commit
     )
 
 
@@ -256,7 +186,7 @@ class _Edit:
         self._out, self._format = out, config.format
         self._edit = EditImages(
             config.bundle,
-            settings=config.settings,
+            settings=config.sampling,
             output_format=config.format,
             batch_size=config.edit.batch_size,
             device=config.device,
@@ -270,15 +200,8 @@ class _Edit:
                 row["edited"] = f"{_IMAGES}/{row['id']:016x}.{self._format}"
                 self._out.write(row["edited"], row["data"])
         finished = to_table([{name: row[name] for name in EDITS_SCHEMA.names} for row in rows], EDITS_SCHEMA)
-        buffer = io.BytesIO()
-        pq.write_table(finished, buffer)
-        name = hashlib.sha256(json.dumps([(row["id"], row["attempt"]) for row in rows]).encode()).hexdigest()[:20]
-        self._out.write(f"part-{name}.parquet", buffer.getvalue())
-        figures = {
-            "status": Counter(row["status"] for row in rows),
-            "reasons": Counter(rejection_code(row["reason"]) for row in rows if row["reason"]),
-        }
-        return pa.table({"block": [json.dumps(figures)]})
+        write_part(self._out, finished, ids_key(finished))
+        return figures_table(figures_of(finished))
 
 
 def _stream(config: EditConfig, out: Folder, images: Folder, pending: PendingRows) -> Iterator[dict[str, Any]]:
@@ -287,21 +210,12 @@ def _stream(config: EditConfig, out: Folder, images: Folder, pending: PendingRow
     written = pending.fetch(sources, num_cpus=_FETCH_CPUS).map_batches(
         _Edit, fn_constructor_args=(config, out), **config.edit.pool()
     )
-    yield from map(json.loads, run_blocks(written, "block"))
+    yield from run_blocks(written)
 
 
 def main() -> int:
-    """Entry point; returns the exit status: 0 every edit was done, 1 some were rejected, 2 the job could not run."""
-    console = Console()
-    try:
-        outcome = edit(tyro.cli(EditConfig), console=console)
-    except (MGIEError, OSError, ray.exceptions.RayError) as error:
-        Console(stderr=True).print(f"error: {error}", markup=False, soft_wrap=True)
-        return 2
-    reasons = ", ".join(f"{count} {code}" for code, count in sorted(outcome.by_reason.items()))
-    done = f"{outcome.by_status['ok']} edited, {outcome.by_status['rejected']} rejected"
-    console.print(f"{done}{f' ({reasons})' if reasons else ''}; results and ledger: {outcome.out}", soft_wrap=True)
-    return 1 if outcome.by_status["rejected"] else 0
+    """The job as a command; returns the exit status."""
+    return run_command(EditConfig, edit, about=__doc__)
 
 
 if __name__ == "__main__":

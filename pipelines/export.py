@@ -6,8 +6,7 @@
                   item i of which is line i
 
 Only rows that are ok, of their highest attempt. An image that cannot be read stops the export: it would be
-incomplete. The same command after a kill begins again; after the end it does nothing. Exit status: 0 done, 1 an
-error that is told in one line, 2 wrong arguments. Needs no Ray.
+incomplete. The same command after a kill begins again; after the end it does nothing. Needs no Ray.
 """
 
 import base64
@@ -24,16 +23,18 @@ from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import tyro
 from rich.console import Console
 
 from mgie.config import check_range
 from mgie.data.ledger import LEDGER_SCHEMA, images_root, read_ledger
-from mgie.errors import ConfigError, DataError, MGIEError
+from mgie.errors import ConfigError, DataError
 from mgie.images.files import DEFAULT_QUALITY, detect_format, read_image
 from mgie.storage.folder import Folder, open_folder
 from mgie.storage.retry import is_absent
-from pipelines.runs.run_record import RunRecord, claim, fingerprint
+from pipelines.runs.command import Ending, run_command
+from pipelines.runs.progress import Bar
+from pipelines.runs.run import open_run
+from pipelines.runs.run_record import RunRecord, fingerprint
 
 Format = Literal["huggingface", "mgie"]
 Split = Literal["all", "train", "val", "test"]
@@ -71,7 +72,7 @@ class ExportConfig:
         check_range("rows_per_file", self.rows_per_file, 1, 1_000_000)
 
 
-def export(config: ExportConfig) -> dict[str, int]:
+def export(config: ExportConfig, *, console: Console | None = None) -> dict[str, int]:
     """Runs the export; does nothing where it is done. Returns the rows written, by split.
 
     Raises:
@@ -90,31 +91,37 @@ def export(config: ExportConfig) -> dict[str, int]:
         "images": root.url,
     }
     files = [dataclasses.asdict(entry) for entry in ledger.list() if entry.name.endswith(".parquet")]
-    run = RunRecord(job="export", fingerprint=fingerprint({**content, "files": files}), config=content)
-    claimed = claim(output, run)
-    if claimed.is_finished:
-        return dict((claimed.report or {})["splits"])
-    counts: Counter[str] = Counter()
-    for batch in read_ledger(ledger, columns=["split"]):
-        counts.update(batch.column(0).to_pylist())
-    splits = {name: counts[name] for name in sorted(counts) if config.split in ("all", name)}
-    if not splits:
-        raise DataError(f"ledger {ledger.url} has no rows of split {config.split!r}; it has {dict(counts)}")
-    if config.format == "mgie":
-        _write_mgie(ledger, root, output, set(splits))
-    else:
-        for split, num_rows in splits.items():
-            _write_hub(ledger, root, output, split=split, num_rows=num_rows, rows_per_file=config.rows_per_file)
-    dataclasses.replace(run, is_finished=True, report={"splits": splits}).write(output)
+    record = RunRecord(job="export", fingerprint=fingerprint({**content, "files": files}), config=content)
+    with open_run(output, record, config, console, is_done_once=True) as run:
+        if run.is_finished:
+            return dict((run.record.report or {})["splits"])
+        run.begin()
+        run.say(f"reading the ledger {ledger.url} ...")
+        counts: Counter[str] = Counter()
+        for batch in read_ledger(ledger, columns=["split"]):
+            counts.update(batch.column(0).to_pylist())
+        splits = {name: counts[name] for name in sorted(counts) if config.split in ("all", name)}
+        if not splits:
+            raise DataError(f"ledger {ledger.url} has no rows of split {config.split!r}; it has {dict(counts)}")
+        with run.bar("rows", sum(splits.values())) as bar:
+            if config.format == "mgie":
+                _write_mgie(ledger, root, output, set(splits), bar)
+            else:
+                for split, num_rows in splits.items():
+                    rows = _rows(ledger, {split}, bar)
+                    _write_hub(rows, root, output, split=split, num_rows=num_rows, rows_per_file=config.rows_per_file)
+        run.finish({"splits": splits})
     return splits
 
 
 # ---- rows with their images
 
 
-def _rows(ledger: Folder, splits: set[str]) -> Iterator[_Row]:
+def _rows(ledger: Folder, splits: set[str], bar: Bar) -> Iterator[_Row]:
     for batch in read_ledger(ledger, batch_rows=256):
-        yield from (row for row in batch.to_pylist() if row["split"] in splits)
+        for row in (row for row in batch.to_pylist() if row["split"] in splits):
+            yield row
+            bar.show(bar.done + 1)
 
 
 def _with_images(
@@ -168,7 +175,9 @@ def _hub_type(kind: pa.DataType) -> str:
     return {"double": "float64"}.get(str(kind), str(kind))
 
 
-def _write_hub(ledger: Folder, root: Folder, output: Folder, *, split: str, num_rows: int, rows_per_file: int) -> None:
+def _write_hub(
+    source: Iterator[_Row], root: Folder, output: Folder, *, split: str, num_rows: int, rows_per_file: int
+) -> None:
     schema = _hub_schema()
     num_files = -(-num_rows // rows_per_file)
 
@@ -179,7 +188,7 @@ def _write_hub(ledger: Folder, root: Folder, output: Folder, *, split: str, num_
         }
         return {name: cells[name] if name in cells else row[name] for name in schema.names}
 
-    with closing(_with_images(_rows(ledger, {split}), root, make)) as rows:
+    with closing(_with_images(source, root, make)) as rows:
         for number in range(num_files):
             name = f"data/{_HUB_SPLITS.get(split, split)}-{number:05d}-of-{num_files:05d}.parquet"
             left = min(rows_per_file, num_rows - number * rows_per_file)
@@ -193,7 +202,7 @@ def _write_hub(ledger: Folder, root: Folder, output: Folder, *, split: str, num_
 # ---- MGIE's own
 
 
-def _write_mgie(ledger: Folder, root: Folder, output: Folder, splits: set[str]) -> None:
+def _write_mgie(ledger: Folder, root: Folder, output: Folder, splits: set[str], bar: Bar) -> None:
     def make(row: _Row, images: dict[str, bytes]) -> tuple[bytes, str]:
         line = b"\t".join(base64.b64encode(_as_jpeg(images[name])) for name in ("source", "goal"))
         texts = {"instruction": row["instruction"], "expressive": row["expressive"]}
@@ -204,7 +213,7 @@ def _write_mgie(ledger: Folder, root: Folder, output: Folder, splits: set[str]) 
         output.publish(JSON_FILE) as json_path,
         tsv_path.open("wb") as tsv,
         json_path.open("w", encoding="utf-8") as expressive,
-        closing(_with_images(_rows(ledger, splits), root, make)) as rows,
+        closing(_with_images(_rows(ledger, splits, bar), root, make)) as rows,
     ):
         separator = "{\n"
         for line, item in rows:
@@ -223,17 +232,16 @@ def _as_jpeg(data: bytes) -> bytes:
     return out.getvalue()
 
 
-def main(config: ExportConfig) -> int:
-    """The export as a command. Returns the exit status."""
-    try:
-        splits = export(config)
-    except (MGIEError, OSError) as error:
-        Console(stderr=True).print(f"error: {error}", style="red", soft_wrap=True, markup=False, highlight=False)
-        return 1
+def _run(config: ExportConfig, *, console: Console) -> Ending:
+    splits = export(config, console=console)
     shown = ", ".join(f"{name} {count}" for name, count in splits.items())
-    Console().print(f"exported {sum(splits.values())} rows ({shown}) to {config.out}", soft_wrap=True)
-    return 0
+    return Ending(said=f"exported {sum(splits.values())} rows ({shown}) to {config.out}")
+
+
+def main() -> int:
+    """The export as a command; returns the exit status."""
+    return run_command(ExportConfig, _run, about=__doc__)
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(ExportConfig, description=__doc__)))
+    sys.exit(main())

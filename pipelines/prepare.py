@@ -9,8 +9,7 @@
     <out>/run.json                          what ran, on what, with what result
 
 The result depends on data and settings alone: the same rows in the same files, whatever runs in parallel. The
-same command after a kill goes on with the shards that are not done; after the end it does nothing. Exit status:
-0 done (or done before), 1 an error that is told in one line, 2 wrong arguments.
+same command after a kill goes on with the shards that are not done; after the end it does nothing.
 """
 
 import dataclasses
@@ -29,11 +28,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import ray
 import ray.data
-import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from mgie.config import ImageLimits, check_range
@@ -46,14 +42,14 @@ from mgie.data.ledger import (
     to_table,
     write_images_root,
 )
-from mgie.errors import ConfigError, DataError, MGIEError
+from mgie.errors import ConfigError, DataError
 from mgie.storage.folder import Folder, open_folder
 from pipelines.readers import Columns, Layout, Reader, Shard, make_reader
 from pipelines.readers.duplicates import PAIR_BYTES, find_duplicates
 from pipelines.readers.manifest_rows import STAGED_SCHEMA, RowMaker
-from pipelines.runs.cluster import check_shared, start_ray
-from pipelines.runs.lease import hold_lease
-from pipelines.runs.run_record import RunRecord, claim, fingerprint
+from pipelines.runs.command import Ending, run_command
+from pipelines.runs.run import Run, open_run
+from pipelines.runs.run_record import RunRecord, fingerprint
 
 RESULT_VERSION = 1  # another number when the same input gives other rows: old runs are not continued then
 SAMPLE = "sample"
@@ -92,10 +88,13 @@ class PrepareConfig:
     "CPUs that Ray reserves for a shard"
     threads_per_task: int = 4
     "edits of a shard that are read at the same time, which hides the latency of stores"
+    max_rejected: float = 0.1
+    "share of the rows that may be unusable (repeated and unchanged ones are not) without the job ending in status 4"
 
     def __post_init__(self) -> None:
         check_range("rows_per_file", self.rows_per_file, 1, 10_000_000)
         check_range("cpus_per_task", self.cpus_per_task, 0.0, 1024.0)
+        check_range("max_rejected", self.max_rejected, 0.0, 1.0)
         check_range("threads_per_task", self.threads_per_task, 1, 256)
         if self.max_tasks is not None:
             check_range("max_tasks", self.max_tasks, 1, 1_000_000)
@@ -105,6 +104,7 @@ class PrepareConfig:
             raise ConfigError(f"layout is {self.layout!r}; the sample is 'ipr2pr'", param="layout")
 
 
+_NOT_UNUSABLE = ("exact_duplicate", "near_duplicate", "unchanged")
 # What decides the rows. The rest is how fast they come.
 _DECISIVE = ("input", "layout", "columns", "dataset", "licence", "limits", "keeps_unchanged", "keeps_near_duplicates", "rows_per_file")  # fmt: skip
 
@@ -141,36 +141,25 @@ def prepare(config: PrepareConfig, *, console: Console | None = None) -> Prepare
         OSError: A store is in trouble.
     """
     console = console or Console(quiet=True)
+    console.print(f"reading the names in {config.input} ...", soft_wrap=True, highlight=False)
     source, output = _folders(config)
     reader = make_reader(config.layout, config.columns)
     shards = reader.shards(source)
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name in _DECISIVE}
     content = {"version": RESULT_VERSION, **settings, "input": source.url}
-    run = RunRecord(
+    record = RunRecord(
         job="prepare",
         fingerprint=fingerprint({**content, "shards": [dataclasses.asdict(shard) for shard in shards]}),
         config=content,
     )
-    if not claim(output, run).is_finished:
-        with hold_lease(output):
-            # Once more: another process may have finished the run just before.
-            if not claim(output, run).is_finished:
-                return _run(config, source, output, reader=reader, shards=shards, run=run, console=console)
-    report = claim(output, run).report or {}
-    return PrepareReport(**{**report, "folder": output.url, "was_done": True})
+    with open_run(output, record, config, console, is_done_once=True) as run:
+        if run.is_finished:
+            return PrepareReport(**{**(run.record.report or {}), "folder": output.url, "was_done": True})
+        return _fill(config, source, run, reader=reader, shards=shards)
 
 
-def _run(
-    config: PrepareConfig,
-    source: Folder,
-    output: Folder,
-    *,
-    reader: Reader,
-    shards: list[Shard],
-    run: RunRecord,
-    console: Console,
-) -> PrepareReport:
-    began = time.monotonic()
+def _fill(config: PrepareConfig, source: Folder, run: Run, *, reader: Reader, shards: list[Shard]) -> PrepareReport:
+    began, output = time.monotonic(), run.out
     extracts = reader.extracts(source)
     maker = RowMaker(
         folder=source,
@@ -180,8 +169,9 @@ def _run(
         limits=config.limits,
         keeps_unchanged=config.keeps_unchanged,
     )
-    _stage(config, maker, output, shards, console)
-    duplicates = _duplicates(output, shards, near=not config.keeps_near_duplicates)
+    _stage(config, maker, run, shards)
+    duplicates = _duplicates(run, shards, near=not config.keeps_near_duplicates)
+    run.say("writing the manifest ...")
     splits, rejected = _write(config, output, shards, duplicates)
     report = PrepareReport(
         folder=output.url,
@@ -195,7 +185,7 @@ def _run(
         raise DataError(f"{source.url} gives no rows: all of them are in {output.url}/rejected, {report.rejected}")
     # Relative where the images are in the run's own folder, which can then be moved as a whole.
     write_images_root(output.child("manifest"), ".." if extracts else source.url)
-    dataclasses.replace(run, is_finished=True, report=dataclasses.asdict(report)).write(output)
+    run.finish(dataclasses.asdict(report))
     output.delete(STAGING)
     return report
 
@@ -240,8 +230,9 @@ def read_shard(
     return {"index": task["index"], "num_rows": num_rows + len(rows)}
 
 
-def _stage(config: PrepareConfig, maker: RowMaker, output: Folder, shards: list[Shard], console: Console) -> None:
+def _stage(config: PrepareConfig, maker: RowMaker, run: Run, shards: list[Shard]) -> None:
     """Stages the shards that are not staged yet, one Ray task each."""
+    output = run.out
     done = {entry.name for entry in output.list(STAGING)}
     tasks = [
         {"index": index, "shard": json.dumps(dataclasses.asdict(shard))}
@@ -250,8 +241,7 @@ def _stage(config: PrepareConfig, maker: RowMaker, output: Folder, shards: list[
     ]
     if not tasks:
         return
-    start_ray()
-    check_shared({"the raw data set": maker.folder, "the output folder": output})
+    run.join({}, {"the raw data set": maker.folder}, task_cpus=config.cpus_per_task)
     # One block per shard. What crosses the object store are shard descriptions and counts, never images.
     staged = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
         functools.partial(
@@ -265,13 +255,12 @@ def _stage(config: PrepareConfig, maker: RowMaker, output: Folder, shards: list[
         num_cpus=config.cpus_per_task,
         compute=ray.data.TaskPoolStrategy(size=config.max_tasks),
     )
-    bars = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*bars, TextColumn("{task.fields[rows]} rows"), console=console) as progress:
-        bar = progress.add_task("shards", total=len(shards), completed=len(shards) - len(tasks), rows=0)
+    with run.bar("shards", len(shards), done=len(shards) - len(tasks)) as bar:
         num_rows = 0
         for result in staged.iter_rows():
             num_rows += result["num_rows"]
-            progress.update(bar, advance=1, rows=num_rows)
+            bar.show(bar.done + 1, f"{num_rows} rows")
+            run.lease.check()
 
 
 # ---- staged rows -> manifest and rejected rows, in the order of the shards
@@ -285,16 +274,20 @@ def _staged(output: Folder, shards: list[Shard], columns: list[str]) -> Iterator
             )
 
 
-def _duplicates(output: Folder, shards: list[Shard], *, near: bool) -> dict[int, str]:
+def _duplicates(run: Run, shards: list[Shard], *, near: bool) -> dict[int, str]:
     """Reasons of the rows that repeat an earlier one, by their number among all staged rows.
 
     Rows that could be duplicates share an instruction, hence a remainder of its key: large data sets are looked
     through in several passes, each over the rows of one remainder, so that memory does not grow with them.
     """
+    run.say("looking for duplicates ...")
+    output = run.out
     num_good = sum(b.num_rows - b.column(0).null_count for b in _staged(output, shards, ["instruction_key"]))
     num_passes = max(1, math.ceil(num_good / _ROWS_PER_PASS))
     reasons: dict[int, str] = {}
     for remainder in range(num_passes):
+        if num_passes > 1:
+            run.say(f"pass {remainder + 1} of {num_passes} ...")
         numbers, ids, keys, signatures = [], [], [], []
         start = 0
         for batch in _staged(output, shards, ["id", "instruction_key", "signatures"]):
@@ -348,8 +341,7 @@ def _write(
     return splits, rejected
 
 
-def show(report: PrepareReport, console: Console) -> None:
-    """Prints a report as a table."""
+def _table(report: PrepareReport) -> Table:
     table = Table(title="prepare: rows", title_justify="left")
     table.add_column("what")
     table.add_column("rows", justify="right")
@@ -358,23 +350,26 @@ def show(report: PrepareReport, console: Console) -> None:
     for code, count in report.rejected.items():
         table.add_row(f"rejected, {code}", str(count))
     table.add_row("all", str(report.num_rows + sum(report.rejected.values())), style="bold")
-    console.print(table)
-    console.print(f"manifest: {report.manifest}", soft_wrap=True)
-    if report.was_done:
-        console.print("nothing to do: this run was finished before")
+    return table
 
 
-def main(config: PrepareConfig) -> int:
-    """The job as a command. Returns the exit status."""
-    console = Console()
-    try:
-        report = prepare(config, console=console)
-    except (MGIEError, OSError, ray.exceptions.RayError) as error:
-        Console(stderr=True).print(f"error: {error}", style="red", soft_wrap=True, markup=False, highlight=False)
-        return 1
-    show(report, console)
-    return 0
+def _run(config: PrepareConfig, *, console: Console) -> Ending:
+    report = prepare(config, console=console)
+    console.print(_table(report))
+    num_unusable = sum(count for code, count in report.rejected.items() if code not in _NOT_UNUSABLE)
+    done = "\nnothing to do: this run was finished before" if report.was_done else ""
+    return Ending(
+        said=f"manifest: {report.manifest}{done}",
+        num_rows=report.num_rows + sum(report.rejected.values()),
+        num_rejected=num_unusable,
+        max_rejected=config.max_rejected,
+    )
+
+
+def main() -> int:
+    """The job as a command; returns the exit status."""
+    return run_command(PrepareConfig, _run, about=__doc__)
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(PrepareConfig, description=__doc__)))
+    sys.exit(main())

@@ -15,14 +15,12 @@ written, so a kill loses at most that many rows of work, and never a written one
 import asyncio
 import dataclasses
 import hashlib
-import io
 import itertools
 import json
 import os
 import posixpath
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,12 +30,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 import ray.data
-import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mgie.bundle.resolve import locate_bundle
 from mgie.data.ledger import (
@@ -47,17 +42,26 @@ from mgie.data.ledger import (
     list_parquet,
     read_ledger,
     read_manifest,
-    rejection_code,
     write_images_root,
 )
-from mgie.errors import ConfigError, DataError, MGIEError
+from mgie.errors import ConfigError, DataError
 from mgie.storage.folder import Folder, open_folder
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.reports.summarize import REPORT_HTML, RunTotals, ledger_counts, summarize_run, write_report
-from pipelines.runs.blocks import PendingRows, run_blocks, write_pending
-from pipelines.runs.cluster import StageSize, cause_of, check_cluster, check_shared, start_ray
-from pipelines.runs.lease import hold_lease
-from pipelines.runs.run_record import RunRecord, claim, fingerprint
+from pipelines.runs.blocks import (
+    PendingRows,
+    figures_of,
+    figures_table,
+    part_name,
+    run_blocks,
+    write_part,
+    write_pending,
+)
+from pipelines.runs.cluster import StageSize, absolute_bundle, local_bundles
+from pipelines.runs.command import Ending, run_command
+from pipelines.runs.run import open_run
+from pipelines.runs.run_record import RunRecord, make_record
+from pipelines.runs.settings import LedgerSettings
 from pipelines.stages.describe import DescribeEdit
 from pipelines.stages.describers import BackendName, Describer, OpenAIDescriber
 from pipelines.stages.fetch import FetchSources
@@ -70,7 +74,7 @@ _STALL_S = 1800.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class SummarizeConfig:
+class SummarizeConfig(LedgerSettings):
     """Writes expressive instructions for the rows of a manifest."""
 
     manifest: str | None = None
@@ -79,8 +83,6 @@ class SummarizeConfig:
     "ledger folder, local or s3://"
     images: str | None = None
     "where the images lie, if not where the manifest says"
-    endpoint: str | None = None
-    "address of an S3 store that is not Amazon's; default: AWS_ENDPOINT_URL"
     backend: BackendName = "bundle"
     "who describes: a bundle of ours, a LLaVA of transformers, or an OpenAI-compatible endpoint"
     describe_model: str = "tiny-llava"
@@ -95,10 +97,6 @@ class SummarizeConfig:
     "prompts and settings: those of the paper, or faster ones"
     describe_max_new_tokens: int | None = None
     "tokens of a description at most; none: the preset's"
-    device: str = "auto"
-    "auto, cpu or cuda"
-    dtype: str = "auto"
-    "auto, float32, bfloat16 or float16 (never float16 for T5)"
     describe: StageSize = field(default_factory=StageSize)
     "size of the describing stage"
     summarize: StageSize = field(default_factory=StageSize)
@@ -107,16 +105,11 @@ class SummarizeConfig:
     "rows of one block, which is written whole or not at all"
     max_rows_in_flight: int = 256
     "rows of work that a kill may lose"
-    retry_failed: bool = False
-    "try the rejected rows again, as their next attempt"
-    cluster_grows: bool = False
-    "the cluster adds nodes on demand: do not refuse to start because it is too small now"
     gpu_hour_price: float | None = None
     "price of one GPU hour, for the report's cost per 1,000 rows"
 
     def __post_init__(self) -> None:
-        if self.rows_per_commit < 1:
-            raise ConfigError(f"rows_per_commit is {self.rows_per_commit}; it must be at least 1")
+        super().__post_init__()
         needed = self.rows_per_commit * self.describe.max_actors
         if self.max_rows_in_flight < needed:
             raise ConfigError(
@@ -128,18 +121,7 @@ class SummarizeConfig:
             raise ConfigError("backend is openai; give its --base-url", param="base_url")
 
 
-@dataclass(frozen=True)
-class SummarizeResult:
-    """What a run did."""
-
-    num_pending: int
-    num_written: int
-    seconds: float
-    ledger: str
-    report: str
-
-
-def summarize(config: SummarizeConfig, *, console: Console | None = None) -> SummarizeResult:
+def summarize(config: SummarizeConfig, *, console: Console | None = None) -> Ending:
     """Runs the job to its end.
 
     Raises:
@@ -149,49 +131,63 @@ def summarize(config: SummarizeConfig, *, console: Console | None = None) -> Sum
         ray.exceptions.RayError: A stage failed.
     """
     console = console or Console(quiet=True)
-    start_ray()
-    stages = {"describe": config.describe, "summarize": config.summarize}
-    check_cluster(stages, task_cpus=_FETCH_CPUS, grows=config.cluster_grows)
     out = open_folder(config.out, endpoint=config.endpoint)
-    manifest = _open_manifest(config, out)
-    root = images_root(manifest, moved_to=config.images)
-    images = open_folder(root, endpoint=config.endpoint)
-    run = _run_record(config, manifest)
-    claim(out, run)
-    check_shared({"the output folder": out, "the folder of the images": images})
-    with hold_lease(out) as lease:
-        pending = plan(config, manifest, out)
-        console.print(
-            f"{pending.num_rows} rows to do; a kill loses at most {min(pending.num_rows, config.max_rows_in_flight)} rows of work; ledger: {out.url}",
-            soft_wrap=True,
+    manifest = _open_manifest(config, out, console)
+    console.print(f"reading the manifest {manifest.url} ...", soft_wrap=True, highlight=False)
+    images = open_folder(images_root(manifest, moved_to=config.images), endpoint=config.endpoint)
+    stages = {"describe": config.describe, "summarize": config.summarize}
+    with open_run(out, _run_record(config, manifest), config, console) as run:
+        is_folder = config.backend != "openai"
+        config = dataclasses.replace(
+            config,
+            describe_model=absolute_bundle(config.describe_model) if is_folder else config.describe_model,
+            summarize_model=absolute_bundle(config.summarize_model),
         )
+        pending = plan(config, manifest, out)
+        num_lost = min(pending.num_rows, config.max_rows_in_flight)
+        run.say(f"{pending.num_rows} rows to do; a kill loses at most {num_lost} rows of work; ledger: {out.url}")
         started = time.monotonic()
         totals = RunTotals()
+        run.work(
+            "rows",
+            pending,
+            lambda: stream(config, out, images, pending),
+            each=totals.add,
+            stages=stages,
+            shared={
+                "the folder of the images": images,
+                **local_bundles(config.describe_model, config.summarize_model),
+            },
+            task_cpus=_FETCH_CPUS,
+            grows=config.cluster_grows,
+        )
+        seconds, counts = time.monotonic() - started, ledger_counts(out)
         if pending.num_rows:
-            for block in _with_bar(stream(config, out, images, pending), pending.num_rows, console):
-                totals.add(block)
-                lease.check()
-        seconds = time.monotonic() - started
-        pending.delete()
-        if pending.num_rows:
+            run.say("making the report ...")
             report = summarize_run(
                 totals,
                 seconds=seconds,
                 num_gpus=sum(stage.max_actors * stage.num_gpus for stage in stages.values()),
                 gpu_hour_price=config.gpu_hour_price,
-                ledger=ledger_counts(out),
+                ledger=counts,
             )
             write_report(out, images, report)
-            dataclasses.replace(run, is_finished=True, report=report).write(out)
+            run.finish(report)
         write_images_root(out, images.url)
-    return SummarizeResult(pending.num_rows, totals.rows, seconds, out.url, f"{out.url}/{REPORT_HTML}")
+    return Ending(
+        said=f"{totals.rows} rows written in {seconds:.1f} s; ledger: {out.url}; report: {out.url}/{REPORT_HTML}",
+        report={"rows": totals.rows, "seconds": seconds, "ledger": counts},
+        num_rows=counts["num_ids"],
+        num_rejected=counts["num_rejected"],
+        max_rejected=config.max_rejected,
+    )
 
 
-def _open_manifest(config: SummarizeConfig, out: Folder) -> Folder:
+def _open_manifest(config: SummarizeConfig, out: Folder, console: Console) -> Folder:
     if config.manifest:
         return open_folder(config.manifest, endpoint=config.endpoint)
     sample = PrepareConfig(out=posixpath.join(posixpath.dirname(out.url), "sample"), endpoint=config.endpoint)
-    return open_folder(prepare(sample).manifest, endpoint=config.endpoint)
+    return open_folder(prepare(sample, console=console).manifest, endpoint=config.endpoint)
 
 
 def _run_record(config: SummarizeConfig, manifest: Folder) -> RunRecord:
@@ -208,8 +204,8 @@ def _run_record(config: SummarizeConfig, manifest: Folder) -> RunRecord:
         "dtype": config.dtype,
         "rows": _hash_ids(manifest),
     }
-    resolved = dataclasses.asdict(config) | decides | {"manifest": manifest.url}
-    return RunRecord(job="summarize", fingerprint=fingerprint(decides), config=resolved)
+    record = make_record("summarize", config, decides)
+    return dataclasses.replace(record, config={**record.config, "manifest": manifest.url})
 
 
 def _identity(model: str, backend: BackendName) -> str | None:
@@ -303,7 +299,7 @@ class _Describe(DescribeEdit):
         self, make_describer: Callable[[], Describer], *, preset: PresetName, batch_size: int, budget: Any
     ) -> None:
         def take(table: pa.Table) -> None:
-            ray.get(budget.take.remote(_block_name(table), table.num_rows))
+            ray.get(budget.take.remote(part_name(_block_key(table)), table.num_rows))
 
         super().__init__(make_describer, preset=preset, batch_size=batch_size, before_work=take)
 
@@ -402,63 +398,33 @@ def stream(
         fn_constructor_kwargs={"batch_size": config.summarize.batch_size, "out": out, "budget": budget},
         **config.summarize.pool(),
     )
-    yield from map(json.loads, run_blocks(written, "figures"))
-
-
-def _with_bar(blocks: Iterator[dict[str, Any]], num_rows: int, console: Console) -> Iterator[dict[str, Any]]:
-    """The same blocks, with a progress bar from the first one on: the models are loaded then, and all is quiet."""
-    columns = (TextColumn("expressive instructions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    for first in itertools.islice(blocks, 1):
-        with Progress(*columns, console=console) as bar:
-            task = bar.add_task("rows", total=num_rows)
-            for block in itertools.chain([first], blocks):
-                bar.update(task, advance=block["rows"])
-                yield block
+    yield from run_blocks(written)
 
 
 def _commit(rows: pa.Table, *, out: Folder, budget: Any) -> pa.Table:
     """Writes a block, then frees its share of the budget; returns its figures for the report."""
-    buffer = io.BytesIO()
-    pq.write_table(rows.select(LEDGER_SCHEMA.names), buffer)
-    out.write(f"part-{_block_name(rows)}.parquet", buffer.getvalue())
-    ray.get(budget.give_back.remote(_block_name(rows)))
-    reasons = [reason for reason in rows.column("reason").to_pylist() if reason]
+    key = _block_key(rows)
+    write_part(out, rows.select(LEDGER_SCHEMA.names), key)
+    ray.get(budget.give_back.remote(part_name(key)))
     counted = ("describe_prompt_tokens", "describe_tokens", "summarize_prompt_tokens", "summarize_tokens")
-    figures = {
-        "rows": rows.num_rows,
-        "status": Counter(rows.column("status").to_pylist()),
-        "reasons": Counter(map(rejection_code, reasons)),
-        "tokens": {name: pc.sum(rows.column(name)).as_py() or 0 for name in counted},
-        "stages": json.loads(rows.column("times")[0].as_py()),
-    }
-    return pa.table({"figures": [json.dumps(figures)]})
-
-
-def _block_name(rows: pa.Table) -> str:
-    """Follows from ids and attempts alone, so that the same rows give the same file."""
-    columns = (rows.column("id").to_numpy().tobytes(), rows.column("attempt").to_numpy().tobytes())
-    return hashlib.sha256(b"".join(columns)).hexdigest()[:20]
-
-
-def main(config: SummarizeConfig) -> int:
-    """The job as a command. Returns the exit status: 0 done, 1 interrupted by a fault, 2 refused."""
-    console, errors = Console(), Console(stderr=True, style="red", soft_wrap=True, markup=False, highlight=False)
-    try:
-        outcome = summarize(config, console=console)
-    except MGIEError as error:
-        errors.print(f"error: {error}")
-        return 2
-    except (OSError, ray.exceptions.RayError) as error:
-        cause = cause_of(error)
-        errors.print(f"error: {type(cause).__name__}: {cause}\nthe same command continues the run")
-        return 1
-    console.print(
-        f"{outcome.num_written} rows written in {outcome.seconds:.1f} s; ledger: {outcome.ledger}; "
-        f"report: {outcome.report}",
-        soft_wrap=True,
+    return figures_table(
+        {
+            **figures_of(rows),
+            "tokens": {name: pc.sum(rows.column(name)).as_py() or 0 for name in counted},
+            "stages": json.loads(rows.column("times")[0].as_py()),
+        }
     )
-    return 0
+
+
+def _block_key(rows: pa.Table) -> bytes:
+    """Follows from ids and attempts alone, so that the same rows give the same file."""
+    return b"".join(rows.column(name).to_numpy().tobytes() for name in ("id", "attempt"))
+
+
+def main() -> int:
+    """The job as a command; returns the exit status."""
+    return run_command(SummarizeConfig, summarize, about=__doc__)
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(SummarizeConfig)))
+    sys.exit(main())

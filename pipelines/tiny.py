@@ -15,12 +15,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 
 from mgie.bundle.shipped import SHIPPED
-from mgie.errors import ConfigError, MGIEError
+from mgie.errors import ConfigError
+from mgie.storage.folder import open_folder
 from mgie.tiny.pretraining.__main__ import num_samples
+from pipelines.runs.command import Ending, run_command
+from pipelines.runs.config_file import write_config
 from pipelines.runs.recipe import Stage, make
 
 _LEARN = ("-m", "mgie.tiny.pretraining")
@@ -117,7 +119,7 @@ def scoring(bundle: str, *more: str) -> Stage:
     """Edits the held-out rows with the bundle of a stage, and scores the edits."""
     arguments = (
         "pipelines/evaluate.py", "--ledger", "{test-ledger}/ledger", "--bundle", f"{{{bundle}}}/bundle",
-        "--out", "{out}/scores", "--by", "family", "operation", "is_ambiguous", "held_out", *more,
+        "--out", "{out}/scores", "--scorer", "mgie.tiny.world.scorer:WorldScorer", "--by", "family", "operation", "is_ambiguous", "held_out", *more,
     )  # fmt: skip
     return Stage(arguments=arguments, needs=("test-ledger", bundle))
 
@@ -184,28 +186,25 @@ def on_gpu(stages: Mapping[str, Stage]) -> dict[str, Stage]:
     }
 
 
-def main(config: TinyConfig) -> int:
-    """Runs the recipe; returns the exit status."""
-    console = Console()
+def _run(config: TinyConfig, *, console: Console) -> Ending:
     console.print(f"{num_samples(config.share)} samples, share {config.share} of all steps, in {config.work}")
-    try:
-        places = make(
-            on_gpu(STAGES) if config.gpu else STAGES,
-            config.work.resolve(),
-            share=config.share,
-            parallel=config.parallel,
-            console=console,
-            until=[config.until] if config.until else (),
-        )
-    except (MGIEError, OSError) as error:
-        console.print(f"error: {error}", style="red", soft_wrap=True)
-        return 1
-    console.print(
-        f"to ship (mgie/bundle/shipped): {places['packed'] / 'shipped'}\nscores: {places['scores'] / 'scores'}",
-        soft_wrap=True,
+    write_config(open_folder(config.work), config)
+    places = make(
+        on_gpu(STAGES) if config.gpu else STAGES,
+        config.work.resolve(),
+        share=config.share,
+        parallel=config.parallel,
+        console=console,
+        until=[config.until] if config.until else (),
     )
-    return 0
+    shipped, scores = places["packed"] / "shipped", places["scores"] / "scores"
+    return Ending(said=f"to ship (mgie/bundle/shipped): {shipped}\nscores: {scores}")
+
+
+def main() -> int:
+    """The recipe as a command; returns the exit status."""
+    return run_command(TinyConfig, _run, about=__doc__)
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(TinyConfig, description=__doc__)))
+    sys.exit(main())

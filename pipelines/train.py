@@ -22,14 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ray
 import ray.exceptions
-import tyro
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mgie.bundle.bundle import Bundle, open_bundle
 from mgie.config import TrainingConfig
@@ -37,9 +34,11 @@ from mgie.errors import ConfigError, MGIEError
 from mgie.storage.folder import Folder, open_folder
 from mgie.training.variants import check_variant, open_caches, training_side_px
 from pipelines.reports.train import plot_run
-from pipelines.runs.cluster import StageSize, cause_of, check_cluster, check_shared, start_ray
-from pipelines.runs.lease import HeldLease, hold_lease
-from pipelines.runs.run_record import RunRecord, claim, fingerprint
+from pipelines.runs.cluster import StageSize, absolute_bundle, local_bundles
+from pipelines.runs.command import Ending, FaultError, causes, run_command
+from pipelines.runs.run import Run, open_run
+from pipelines.runs.run_record import RunRecord, make_record
+from pipelines.runs.settings import ClusterSettings
 from pipelines.training.checkpoints import CHECKPOINTS, repair_checkpoints
 from pipelines.training.rows import FrozenRows, freeze_rows, open_rows
 from pipelines.training.tracking import RunMetrics, read_last, read_metrics
@@ -71,7 +70,7 @@ class WorkerSize:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(ClusterSettings):
     """Trains a bundle on ledgers."""
 
     ledger: tuple[str, ...] = ("out/ledger",)
@@ -86,8 +85,6 @@ class TrainConfig:
     "folder of pipelines/cache.py; none: images are encoded in each step"
     images: tuple[str, ...] = ()
     "where the images lie, one folder per ledger, if not where the ledgers say"
-    endpoint: str | None = None
-    "address of an S3 store that is not Amazon's; default: AWS_ENDPOINT_URL"
     validation_share: float = 0.02
     "share of the photos kept for validation, where a ledger has no rows of split val"
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -122,8 +119,6 @@ class TrainConfig:
     "times that workers or Ray's controller may die without a new checkpoint in between before the job gives up"
     elastic_check_s: float = 60.0
     "how often an elastic job looks for nodes to grow onto"
-    cluster_grows: bool = False
-    "the cluster adds nodes on demand: do not refuse to start because it is too small now"
 
     def __post_init__(self) -> None:
         for name, values in (("weights", self.weights), ("images", self.images)):
@@ -151,17 +146,7 @@ class TrainConfig:
             )
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """What became of a run."""
-
-    was_finished: bool
-    "before this command"
-    report: Mapping[str, Any]
-    out: str
-
-
-def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult:
+def train(config: TrainConfig, *, console: Console | None = None) -> Ending:
     """Runs the job to its end.
 
     Raises:
@@ -171,17 +156,21 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         DataError: The ledgers or the cache cannot be used, an image cannot be read, or a checkpoint not be written.
         TrainingError: Losses or gradients stayed not finite.
         OSError: A store is in trouble.
-        TrainingFailedError, RayError: Workers or the controller died too often.
+        FaultError: Workers or the controller died too often.
+        RayError: The cluster is in trouble.
     """
     console = console or Console(quiet=True)
-    init = _absolute(config.init)
+    console.print(f"opening bundle {config.init} and the ledgers ...", soft_wrap=True, highlight=False)
+    init = absolute_bundle(config.init)
     bundle = open_bundle(init)
     check_variant(bundle, config.training.variant)
     out, *ledgers = (open_folder(url, endpoint=config.endpoint) for url in (config.out, *config.ledger))
-    run = _run_record(config, ledgers, bundle)
-    if (found := claim(out, run)).is_finished:
-        return TrainResult(True, found.report or {}, out.url)
-    with hold_lease(out) as lease:
+    record = _run_record(config, ledgers, bundle)
+    with open_run(out, record, config, console, is_done_once=True, may_grow="training.steps") as run:
+        if run.is_finished:
+            said = "the run was finished before; more --training.steps continue it, another run needs another --out\n"
+            return _ending(run, run.record.report or {}, said)
+        run.say("reading the rows ...")
         rows = freeze_rows(
             out,
             ledgers,
@@ -191,29 +180,29 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         )
         job = _job(config, out, rows, init=init, bundle=bundle)
         _check_cache(job, bundle)
-        console.print(
-            f"{rows.num_train} rows to train on, {rows.num_validation} to validate on; run: {out.url}", soft_wrap=True
-        )
-        console.print("joining or starting Ray, which may take half a minute ...")
-        start_ray()
-        size = config.workers
-        stage = StageSize(
-            min_actors=size.num, max_actors=max(size.num, size.max), num_cpus=size.num_cpus, num_gpus=size.num_gpus
-        )
-        check_cluster({"workers": stage}, task_cpus=0, grows=config.cluster_grows)
-        shared = {f"the folder of the images {k}": images for k, images in enumerate(job.images)}
-        check_shared({"the run's folder": out, **shared} | ({"the cache": job.cache} if job.cache else {}))
+        run.say(f"{rows.num_train} rows to train on, {rows.num_validation} to validate on; run: {out.url}")
+        _join(config, job, run)
         started = time.monotonic()
-        num_failures = _fit_patiently(config, job, lease, console)
+        num_failures = _fit_patiently(config, job, run)
         report = _finish(job, seconds=time.monotonic() - started, num_failures=num_failures)
-        dataclasses.replace(run, is_finished=True, report=report).write(out)
-    return TrainResult(False, report, out.url)
+        run.finish(report)
+    return _ending(run, report)
 
 
-def _absolute(bundle: str) -> str:
-    """The name of a bundle as workers can use it, who work in another folder."""
-    path = Path(bundle).expanduser()
-    return str(path.absolute()) if path.exists() else bundle
+def _ending(run: Run, report: Mapping[str, Any], said: str = "") -> Ending:
+    return Ending(said=f"{said}{json.dumps(report)}\nrun: {run.out.url}", report=report)
+
+
+def _join(config: TrainConfig, job: TrainingJob, run: Run) -> None:
+    size = config.workers
+    stage = StageSize(
+        min_actors=size.num, max_actors=max(size.num, size.max), num_cpus=size.num_cpus, num_gpus=size.num_gpus
+    )
+    shared = {f"the folder of the images {k}": images for k, images in enumerate(job.images)}
+    shared |= local_bundles(job.init)
+    if job.cache:
+        shared["the cache"] = job.cache
+    run.join({"workers": stage}, shared, task_cpus=0, grows=config.cluster_grows)
 
 
 def _run_record(config: TrainConfig, ledgers: list[Folder], bundle: Bundle) -> RunRecord:
@@ -225,8 +214,7 @@ def _run_record(config: TrainConfig, ledgers: list[Folder], bundle: Bundle) -> R
         "weights": list(config.weights),
         "validation_share": config.validation_share,
     }
-    resolved = dataclasses.asdict(config) | decides
-    return RunRecord(job="train", fingerprint=fingerprint(decides), config=resolved)
+    return make_record("train", config, decides)
 
 
 def _job(config: TrainConfig, out: Folder, rows: FrozenRows, *, init: str, bundle: Bundle) -> TrainingJob:
@@ -271,7 +259,7 @@ def _check_cache(job: TrainingJob, bundle: Bundle) -> None:
 # ---- fitting
 
 
-def _fit_patiently(config: TrainConfig, job: TrainingJob, lease: HeldLease, console: Console) -> int:
+def _fit_patiently(config: TrainConfig, job: TrainingJob, run: Run) -> int:
     """Trains to the end, again and again where workers or the controller die; returns how often they did.
 
     Ray Train could replace workers by itself, but would also try again what can only fail again.
@@ -283,27 +271,24 @@ def _fit_patiently(config: TrainConfig, job: TrainingJob, lease: HeldLease, cons
         if snapshots and newest != (newest := list(snapshots)[-1]):
             num_in_place = 0
         if newest:
-            console.print(f"going on from {newest}")
+            run.say(f"going on from {newest}")
         try:
-            _fit(config, job, lease, console)
+            _fit(config, job, run, first=snapshots[newest].step if newest else 0)
         except (TrainingFailedError, ray.exceptions.RayError) as error:
             for cause in _causes(error):
                 if isinstance(cause, MGIEError):  # it would happen again
                     raise cause from error
             num_failures += 1
             num_in_place += 1
+            said = _describe(error)
             if num_in_place > config.max_failures:
-                raise
-            console.print(
-                f"failure {num_in_place} of {config.max_failures} allowed without progress: {_describe(error)}",
-                soft_wrap=True,
-                markup=False,
-            )
+                raise FaultError(f"{said}; {config.max_failures} failures without progress are allowed") from error
+            run.say(f"failure {num_in_place} of {config.max_failures} allowed without progress: {said}")
         else:
             return num_failures
 
 
-def _fit(config: TrainConfig, job: TrainingJob, lease: HeldLease, console: Console) -> None:
+def _fit(config: TrainConfig, job: TrainingJob, run: Run, *, first: int) -> None:
     size = config.workers
     trainer = TorchTrainer(
         functools.partial(train_worker, job),
@@ -336,26 +321,19 @@ def _fit(config: TrainConfig, job: TrainingJob, lease: HeldLease, console: Conso
     # In a thread, so that this one can show how far it is and leave at once when it is interrupted.
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     thread.start()
-    columns = (
-        TextColumn("steps"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[said]}"),
-    )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("steps", total=job.num_steps, said="")
+    with run.bar("steps", job.num_steps, done=first) as bar:
         while thread.is_alive():
             thread.join(_LOCAL_POLL_S if job.out.is_local else _STORE_POLL_S)
-            lease.check()
+            run.lease.check()
             last: Mapping[str, Any] = {}
             with contextlib.suppress(OSError):  # it is only shown
                 last = read_last(job.out)
             if last:
                 said = f"loss {last['loss'] or float('nan'):.4f}, {last['samples_per_s']:.1f} samples/s"
-                bar.update(task, completed=last["step"], said=said)
-    if failed:
-        raise failed[0]
+                bar.show(last["step"], said)
+        if failed:
+            raise failed[0]
+        bar.show(job.num_steps)
 
 
 def _causes(error: BaseException) -> list[BaseException]:
@@ -363,7 +341,7 @@ def _causes(error: BaseException) -> list[BaseException]:
     failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else [error]
     # What Ray Train wraps around an error of a worker's function, and around the death of a worker.
     inner = (getattr(f, "_base_exc", None) or getattr(f, "health_check_failure", None) or f for f in failures)
-    return [cause_of(failure) for failure in inner]
+    return [causes(failure)[-1] for failure in inner]
 
 
 def _describe(error: BaseException) -> str:
@@ -399,21 +377,8 @@ def _report(job: TrainingJob, metrics: RunMetrics, *, seconds: float, num_failur
 
 
 def main() -> int:
-    """Entry point; returns the exit status: 0 done, 1 interrupted by a fault, 2 refused."""
-    console, errors = Console(), Console(stderr=True, style="red", soft_wrap=True, markup=False, highlight=False)
-    try:
-        outcome = train(tyro.cli(TrainConfig), console=console)
-    except MGIEError as error:
-        errors.print(f"error: {error}")
-        return 2
-    except (OSError, TrainingFailedError, ray.exceptions.RayError) as error:
-        cause = cause_of(error)
-        errors.print(f"error: {type(cause).__name__}: {cause}\nthe same command continues the run")
-        return 1
-    if outcome.was_finished:
-        console.print("the run was finished before; another one needs another --out")
-    console.print(f"{json.dumps(outcome.report)}\nrun: {outcome.out}", soft_wrap=True)
-    return 0
+    """The job as a command; returns the exit status."""
+    return run_command(TrainConfig, train, about=__doc__)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,16 @@ def main() -> None:
         num_good = write_manifest(manifest, args.rows)
         endpoint = stack.enter_context(Endpoint(args.service_s)) if args.describe == "endpoint" else None
         cluster = stack.enter_context(private_cluster(num_cpus=4))
-        flags += ["--manifest", manifest.url, "--preset", "fast", "--rows-per-commit", str(args.rows_per_commit)]
+        flags += [
+            "--manifest",
+            manifest.url,
+            "--preset",
+            "fast",
+            "--rows-per-commit",
+            str(args.rows_per_commit),
+            "--max-rejected",
+            "0.2",
+        ]
         flags += ["--summarize-model", "random-summarizer"]
         flags += ["--max-rows-in-flight", str(args.max_rows_in_flight)]
         if endpoint:

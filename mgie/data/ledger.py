@@ -391,8 +391,35 @@ class _Latest:
         return self.is_latest & (self.is_ok if status == "ok" else ~self.is_ok)
 
 
+def is_latest_attempt(keys: Sequence[npt.NDArray[Any]], attempts: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+    """Marks one row for each combination of keys: the highest attempt; of equal ones the first, in the order given."""
+    order = np.lexsort((-attempts, *keys))  # stable: equal ones stay in their order
+    is_first = np.ones(len(order), dtype=bool)
+    is_first[1:] = np.any([key[order][1:] != key[order][:-1] for key in keys], axis=0)
+    is_latest = np.zeros(len(order), dtype=bool)
+    is_latest[order[is_first]] = True
+    return is_latest
+
+
+def read_latest(
+    folder: Folder, schema: pa.Schema, *, columns: Sequence[str] | None = None, key: Sequence[str] = ("id",)
+) -> pa.Table:
+    """Rows of any ledger, of the highest attempt for each combination of `key`; an empty table for an empty folder.
+
+    Args:
+        columns: Which, in this order; None = all of `schema`. `key` and `attempt` must be among them.
+
+    Raises:
+        DataError: A file is damaged, or columns are missing or of another type (they are named).
+    """
+    schema = _choose(schema, columns)
+    table = pa.Table.from_batches(_read(folder, list_parquet(folder), schema, READ_BATCH_ROWS), schema)
+    keys = [np.unique(table.column(name).to_numpy(), return_inverse=True)[1] for name in key]
+    return table.filter(pa.array(is_latest_attempt(keys, table.column("attempt").to_numpy())))
+
+
 def _latest(folder: Folder, files: Sequence[str]) -> _Latest:
-    """Reads id, attempt and status of all files. Of equal attempts the first counts."""
+    """Reads id, attempt and status of all files."""
     ids, attempts, oks = [], [], []
     for batch in _read(folder, files, _choose(LEDGER_SCHEMA, ["id", "attempt", "status"]), READ_BATCH_ROWS):
         ids.append(batch.column("id").to_numpy())
@@ -402,13 +429,8 @@ def _latest(folder: Folder, files: Sequence[str]) -> _Latest:
         nothing = np.zeros(0, dtype=bool)
         return _Latest(nothing, nothing, 0)
     id_, attempt = np.concatenate(ids), np.concatenate(attempts)
-    order = np.lexsort((-attempt, id_))  # stable: equal ones stay in the order of the files
-    is_first = np.ones(len(order), dtype=bool)
-    is_first[1:] = id_[order][1:] != id_[order][:-1]
-    is_latest = np.zeros(len(order), dtype=bool)
-    is_latest[order[is_first]] = True
-    is_repeated = ~is_first[1:] & (attempt[order][1:] == attempt[order][:-1])
-    return _Latest(is_latest, np.concatenate(oks).astype(bool), int(is_repeated.sum()))
+    num_repeated = int((~is_latest_attempt([id_, attempt], attempt)).sum())
+    return _Latest(is_latest_attempt([id_], attempt), np.concatenate(oks).astype(bool), num_repeated)
 
 
 def _choose(schema: pa.Schema, columns: Sequence[str] | None) -> pa.Schema:
@@ -470,7 +492,7 @@ def _check_columns(path: str, found: pa.Schema, wanted: pa.Schema) -> None:
 
 def _same_kind(found: pa.DataType, wanted: pa.DataType) -> bool:
     """Text stored as another kind of text, a narrower or wider integer, and a column of nothing but nulls are fine."""
-    if pa.types.is_null(found):
+    if pa.types.is_null(found) or found.equals(wanted):
         return True
     if pa.types.is_integer(wanted):
         return cast("bool", pa.types.is_integer(found))

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
+
+from PIL import Image
 
 NetworkName = Literal["clip", "clip_direction", "dino", "lpips"]
 Needs = Literal[
@@ -10,8 +12,7 @@ Needs = Literal[
     "a mask",
     "a goal caption",
     "both captions",
-    "a sample of the tiny world",
-    "a sample of the tiny world and words of the model",
+    "what the scorer looks for",
 ]
 
 
@@ -43,21 +44,27 @@ METRICS: Mapping[str, Metric] = {
     "background_l1": Metric(label="L1 outside mask", is_higher_better=False, needs="a mask"),
     "background_l2": Metric(label="L2 outside mask", is_higher_better=False, needs="a mask"),
     "background_psnr": Metric(label="PSNR outside mask dB", is_higher_better=True, needs="a mask", decimals=2),
-    "object_check": Metric(label="object check", is_higher_better=True, needs="a sample of the tiny world"),
-    "states_change": Metric(
-        label="words state the change", is_higher_better=True, needs="a sample of the tiny world and words of the model"
-    ),
 }
-"""The last two are of the tiny world (`mgie.tiny.world`); `Scorer` measures the others.
-
-Inside the mask an edit is compared with the goal, outside with the source. L2 is the mean of squares, as in MagicBrush.
+"""What `Scorer` measures. Inside the mask an edit is compared with the goal, outside with the source. L2 is the mean of squares, as in MagicBrush.
 """
 
 
-# ---- on pixels
+class RowScorer(Protocol):
+    """Measures edits by what a data set knows of its rows, beside `Scorer`."""
 
+    metrics: Mapping[str, Metric]
+    "what it measures, by name of the column"
 
-# ---- on features of length 1
+    def __call__(
+        self, facts: Mapping[str, Any], instruction: str, image: Image.Image, expressive: str | None
+    ) -> Mapping[str, float]:
+        """Values by name of the metric; nothing for what it does not know.
 
+        Args:
+            facts: What the row's provenance says.
+            image: The edited image. expressive: What guided the edit, where words did.
 
-# ---- all of them
+        Raises:
+            DataError: The row cannot be scored.
+        """
+        ...

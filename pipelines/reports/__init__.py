@@ -1,5 +1,6 @@
 """What people read of a run: pages, tables, plots.
 
+svg.py         lines, dots and text as SVG
 thumbnails.py  small pictures for reports
 sweep_plot.py  direction against similarity
 train.py       the curves of a run

@@ -1,16 +1,17 @@
 """The comparison of variants as JSON, Markdown and a plot. Knows nothing of where the numbers come from."""
 
-import html
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mgie.evaluation import metrics
 from mgie.evaluation.bootstrap import Interval
-from mgie.evaluation.metrics import METRICS
+from mgie.tiny.world import scorer
+from pipelines.reports.svg import BLUE, GREY, below, between, dot, line, svg, text
 
 _WIDTH, _LEFT, _ROW, _TOP = 640, 190, 18, 40
+METRICS = {**metrics.METRICS, **scorer.METRICS}
 _PLOTTED = ("l1", "inside_l1", "object_check")
-_COLOR, _GREY = "#1565c0", "#777"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,27 +88,24 @@ def plot(comparison: Comparison) -> str:
         if group.metric == metric and group.name in ("all", "ambiguous") and any(group.means.values())
     ]
     height = _TOP + _ROW * max((len(group.means) for group in panels), default=0)
-    body = "".join(f'<g transform="translate(0 {i * height})">{_panel(group)}</g>' for i, group in enumerate(panels))
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height * len(panels) + 10}" '
-        f'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="#fff"/>{body}</svg>\n'
-    )
+    moved = [below(i * height, _panel(group)) for i, group in enumerate(panels)]
+    return svg(_WIDTH, height * len(panels) + 10, moved)
 
 
-def _panel(group: Group) -> str:
+def _panel(group: Group) -> list[str]:
     found = {name: interval for name, interval in group.means.items() if interval is not None}
     low, high = min(i.low for i in found.values()), max(i.high for i in found.values())
     label = METRICS[group.metric].label
 
     def x(value: float) -> float:
-        return _LEFT + (_WIDTH - _LEFT - 60) * (value - low) / ((high - low) or 1)
+        return between(value, low, high, _LEFT, _WIDTH - 60)
 
-    parts = [f'<text x="8" y="20" fill="#333" font-weight="bold">{html.escape(label)}, {group.name}</text>']
+    parts = [text(8, 20, f"{label}, {group.name}", weight="bold")]
     for number, (name, interval) in enumerate(found.items()):
         y = _TOP + _ROW * number
-        color = _GREY if name == "copy" else _COLOR
-        parts.append(f'<text x="8" y="{y + 4}" fill="#333">{html.escape(name)}</text>')
-        parts.append(f'<path d="M{x(interval.low):.1f} {y}H{x(interval.high):.1f}" stroke="{color}" stroke-width="2"/>')
-        parts.append(f'<circle cx="{x(interval.mean):.1f}" cy="{y}" r="4" fill="{color}"/>')
-        parts.append(f'<text x="{_WIDTH - 50}" y="{y + 4}" fill="#333">{interval.mean:.3f}</text>')
-    return "".join(parts)
+        color = GREY if name == "copy" else BLUE
+        parts.append(text(8, y + 4, name))
+        parts.append(line([(x(interval.low), y), (x(interval.high), y)], color, width=2))
+        parts.append(dot(x(interval.mean), y, color, radius=4))
+        parts.append(text(_WIDTH - 50, y + 4, f"{interval.mean:.3f}"))
+    return parts

@@ -8,7 +8,7 @@ import html
 import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from mgie.data.ledger import rejection_code
 from mgie.errors import DataError
 from mgie.evaluation.bootstrap import LEVEL, NUM_RESAMPLES, Interval, bootstrap_means
-from mgie.evaluation.metrics import METRICS, NetworkName
+from mgie.evaluation.metrics import METRICS, Metric, NetworkName
 from mgie.storage.folder import Folder
 from pipelines.reports.sweep_plot import plot_sweep
 from pipelines.reports.thumbnails import thumbnail
@@ -47,6 +47,8 @@ class ReportPlan:
     num_pictures: int
     seed: int
     "of the intervals"
+    metrics: Mapping[str, Metric] = field(default_factory=lambda: METRICS)
+    "all that may have been measured"
 
 
 def write_report(out: Folder, images: Folder, results: Folder, rows: Sequence[Row], plan: ReportPlan) -> dict[str, Any]:
@@ -61,11 +63,11 @@ def write_report(out: Folder, images: Folder, results: Folder, rows: Sequence[Ro
     """
     report = make_report(rows, plan)
     out.write(REPORT_JSON, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
-    out.write(REPORT_MD, markdown(report).encode())
+    out.write(REPORT_MD, markdown(report, plan.metrics).encode())
     plot = plot_sweep(report["sweep"]) if report["sweep"] else ""
     if plot:
         out.write(SWEEP_SVG, plot.encode())
-    out.write(REPORT_HTML, _page(report, plot, images, results).encode())
+    out.write(REPORT_HTML, _page(report, plot, images, results, plan.metrics).encode())
     return report
 
 
@@ -110,7 +112,7 @@ def _table(name: str | None, groups: Mapping[str, Sequence[Mapping[str, Row]]], 
     """Means of each group, setting and metric."""
     found = []
     for value, cells in groups.items():
-        columns = [(setting, metric) for setting in plan.settings for metric in METRICS]
+        columns = [(setting, metric) for setting in plan.settings for metric in plan.metrics]
         values = np.array([[cell[setting][metric] for setting, metric in columns] for cell in cells], dtype=np.float64)
         means = zip(columns, bootstrap_means(values, seed=plan.seed), strict=True)
         settings: dict[str, dict[str, Any]] = {setting: {} for setting in plan.settings}
@@ -129,7 +131,7 @@ def _rounded(interval: Interval) -> dict[str, Any]:
 def _not_measured(means: Mapping[str, Mapping[str, Any]], plan: ReportPlan) -> dict[str, str]:
     """Why a metric is in no table."""
     missing = {}
-    for name, metric in METRICS.items():
+    for name, metric in plan.metrics.items():
         if any(name in found for found in means.values()):
             continue
         if metric.network is not None and metric.network not in plan.networks:
@@ -151,7 +153,7 @@ def _sweep(means: Mapping[str, Mapping[str, Any]], plan: ReportPlan) -> list[dic
 def _pictures(compared: Sequence[Mapping[str, Row]], plan: ReportPlan) -> list[dict[str, Any]]:
     """Best, median and worst rows by the first setting that is no baseline; none is shown twice."""
     setting = next(iter(plan.sweep), plan.settings[-1])
-    metric = METRICS[plan.rank_by]
+    metric = plan.metrics[plan.rank_by]
     sign = -1 if metric.is_higher_better else 1
     ranked = sorted(
         (cells[setting] for cells in compared if cells[setting][plan.rank_by] is not None),
@@ -167,7 +169,7 @@ def _pictures(compared: Sequence[Mapping[str, Row]], plan: ReportPlan) -> list[d
         for row in ranked[start : start + count]:
             if row["id"] not in shown:
                 shown.add(row["id"])
-                scores = {name: round(row[name], 6) for name in METRICS if row[name] is not None}
+                scores = {name: round(row[name], 6) for name in plan.metrics if row[name] is not None}
                 found.append({"rank": rank, **{name: row[name] for name in columns}, "scores": scores})
     return found
 
@@ -184,59 +186,59 @@ def _header(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _grid(table: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _grid(table: Mapping[str, Any], metrics: Mapping[str, Metric]) -> tuple[list[str], list[list[str]]]:
     """Head and body of a table of text; metrics that are in no cell have no column."""
     found = {name for group in table["groups"] for cells in group["settings"].values() for name in cells}
-    metrics = [name for name in METRICS if name in found]
+    names = [name for name in metrics if name in found]
     by = [table["by"], "rows"] if table["by"] else []
-    head = [*by, "setting", *(METRICS[n].label + (" ↑" if METRICS[n].is_higher_better else " ↓") for n in metrics)]
+    head = [*by, "setting", *(metrics[n].label + (" ↑" if metrics[n].is_higher_better else " ↓") for n in names)]
     body = []
     for group in table["groups"]:
         for setting, cells in group["settings"].items():
             first = [group["value"], str(group["rows"])] if table["by"] else []
-            body.append([*first, setting, *(_cell(name, cells.get(name)) for name in metrics)])
+            body.append([*first, setting, *(_cell(metrics[name], cells.get(name)) for name in names)])
     return head, body
 
 
-def _cell(metric: str, found: Mapping[str, Any] | None) -> str:
+def _cell(metric: Metric, found: Mapping[str, Any] | None) -> str:
     if found is None:
         return "-"
-    mean, low, high = (f"{found[name]:.{METRICS[metric].decimals}f}" for name in ("mean", "low", "high"))
+    mean, low, high = (f"{found[name]:.{metric.decimals}f}" for name in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
 
 
-def _about_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _about_lines(report: Mapping[str, Any], metrics: Mapping[str, Metric]) -> list[tuple[str, str]]:
     networks = report["about"].get("networks", {})
     plain = {name: value for name, value in report["about"].items() if name != "networks"}
     lines = [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in plain.items()]
     lines += [(f"network {name}", identity) for name, identity in networks.items()]
-    return lines + [(f"not measured: {METRICS[name].label}", why) for name, why in report["not_measured"].items()]
+    return lines + [(f"not measured: {metrics[name].label}", why) for name, why in report["not_measured"].items()]
 
 
-def markdown(report: Mapping[str, Any]) -> str:
+def markdown(report: Mapping[str, Any], metrics: Mapping[str, Metric] = METRICS) -> str:
     """The report without pictures."""
     parts = ["# Evaluation", *_header(report)]
     for table in report["tables"]:
-        head, body = _grid(table)
+        head, body = _grid(table, metrics)
         lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)]
         parts += [f"## By {table['by']}"] * bool(table["by"]) + ["\n".join(lines)]
-    parts += ["## About", "\n".join(f"- {name}: {value}" for name, value in _about_lines(report))]
+    parts += ["## About", "\n".join(f"- {name}: {value}" for name, value in _about_lines(report, metrics))]
     return "\n\n".join(parts) + "\n"
 
 
-def _page(report: Mapping[str, Any], plot: str, images: Folder, results: Folder) -> str:
+def _page(report: Mapping[str, Any], plot: str, images: Folder, results: Folder, metrics: Mapping[str, Metric]) -> str:
     def cells(tag: str, values: Sequence[str]) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(value)}</{tag}>" for value in values) + "</tr>"
 
     tables = ""
     for table in report["tables"]:
-        head, body = _grid(table)
+        head, body = _grid(table, metrics)
         title = f"<h2>By {html.escape(table['by'])}</h2>" if table["by"] else ""
         rows = "".join(cells("td", row) for row in body)
         tables += f'{title}<div class="wide"><table>{cells("th", head)}{rows}</table></div>'
-    sheet = "".join(_figure(picture, images, results) for picture in report["pictures"])
+    sheet = "".join(_figure(picture, images, results, metrics) for picture in report["pictures"])
     header = "".join(f"<p>{html.escape(line)}</p>" for line in _header(report))
-    about = "".join(cells("td", line) for line in _about_lines(report))
+    about = "".join(cells("td", line) for line in _about_lines(report, metrics))
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Evaluation</title>
 <style>
@@ -253,14 +255,14 @@ figcaption, .scores {{ color: #666; font-size: 13px }} svg {{ max-width: 40rem }
 """
 
 
-def _figure(picture: Mapping[str, Any], images: Folder, results: Folder) -> str:
+def _figure(picture: Mapping[str, Any], images: Folder, results: Folder, metrics: Mapping[str, Metric]) -> str:
     shown = [(name, images, picture[name]) for name in ("source", "goal")] + [("result", results, picture["edited"])]
     pictures = "".join(
         f'<figure><img src="{thumbnail(folder, uri)}" alt="{name}"><figcaption>{name}</figcaption></figure>'
         for name, folder, uri in shown
         if uri
     )
-    scores = ", ".join(f"{METRICS[n].label} {value:.{METRICS[n].decimals}f}" for n, value in picture["scores"].items())
+    scores = ", ".join(f"{metrics[n].label} {value:.{metrics[n].decimals}f}" for n, value in picture["scores"].items())
     words = f"<b>{html.escape(picture['instruction'])}</b><br>{html.escape(picture['expressive'] or '')}"
     rank = f"{picture['rank']}, {picture['setting']}"
     return f'<article><p>{html.escape(rank)}: {words}</p>{pictures}<p class="scores">{scores}</p></article>'

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
+from pipelines.reports.svg import BLUE, between, dot, line, svg, text
+
 _WIDTH, _HEIGHT, _MARGIN = 480, 340, 56
-_COLOR = "#1565c0"
 
 
 def plot_sweep(points: Sequence[Mapping[str, float]]) -> str:
@@ -13,32 +14,15 @@ def plot_sweep(points: Sequence[Mapping[str, float]]) -> str:
         points: With `image_guidance_scale`, `direction` and `similarity`, in the order in which they are joined.
     """
     xs, ys = ([point[name] for point in points] for name in ("direction", "similarity"))
+    right, bottom = _WIDTH - _MARGIN, _HEIGHT - _MARGIN
     places = [
-        (_place(x, xs, _MARGIN, _WIDTH - _MARGIN), _place(y, ys, _HEIGHT - _MARGIN, _MARGIN))
+        (between(x, min(xs), max(xs), _MARGIN, right), between(y, min(ys), max(ys), bottom, _MARGIN))
         for x, y in zip(xs, ys, strict=True)
     ]
-    corner = f"{_MARGIN},{_MARGIN} {_MARGIN},{_HEIGHT - _MARGIN} {_WIDTH - _MARGIN},{_HEIGHT - _MARGIN}"
-    parts = [
-        f'<polyline points="{corner}" stroke="#333"/>',
-        f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}" stroke="{_COLOR}"/>',
-    ]
+    parts = [line([(_MARGIN, _MARGIN), (_MARGIN, bottom), (right, bottom)]), line(places, BLUE)]
     for point, (x, y) in zip(points, places, strict=True):
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{_COLOR}"/>')
-        parts.append(_text(x + 6, y - 6, f"{point['image_guidance_scale']:g}"))
-    bottom = _HEIGHT - _MARGIN + 16
-    parts += [_text(_MARGIN, bottom, f"{min(xs):.3f}"), _text(_WIDTH - _MARGIN - 24, bottom, f"{max(xs):.3f}")]
-    parts += [_text(8, _HEIGHT - _MARGIN, f"{min(ys):.3f}"), _text(8, _MARGIN + 8, f"{max(ys):.3f}")]
-    parts += [_text(_WIDTH / 2 - 40, _HEIGHT - 12, "CLIP direction"), _text(8, 24, "CLIP image similarity")]
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" fill="none" '
-        f'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n'
-    )
-
-
-def _place(value: float, values: Sequence[float], start: float, end: float) -> float:
-    spread = max(values) - min(values)
-    return start + (end - start) * (value - min(values)) / spread if spread else (start + end) / 2
-
-
-def _text(x: float, y: float, content: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" fill="#333">{content}</text>'
+        parts += [dot(x, y, BLUE), text(x + 6, y - 6, f"{point['image_guidance_scale']:g}")]
+    parts += [text(_MARGIN, bottom + 16, f"{min(xs):.3f}"), text(right - 24, bottom + 16, f"{max(xs):.3f}")]
+    parts += [text(8, bottom, f"{min(ys):.3f}"), text(8, _MARGIN + 8, f"{max(ys):.3f}")]
+    parts += [text(_WIDTH / 2 - 40, _HEIGHT - 12, "CLIP direction"), text(8, 24, "CLIP image similarity")]
+    return svg(_WIDTH, _HEIGHT, parts)

@@ -1,8 +1,8 @@
 """The summary of a training run as a picture: losses, validation and learning rates over the steps, as SVG."""
 
-import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
+from pipelines.reports.svg import below, between, dot, line, svg, text
 from pipelines.training.tracking import Scalar
 
 _WIDTH, _HEIGHT, _MARGIN = 640, 220, 48
@@ -25,14 +25,8 @@ def plot_run(steps: Mapping[int, Mapping[str, Scalar]]) -> str:
         chosen = [n for n in found if any(n == name or (name.endswith("/") and n.startswith(name)) for name in names)]
         lines = {name: _line(steps, name) for name in chosen}
         panels.append((title, {name: line for name, line in lines.items() if line}))
-    body = "".join(
-        f'<g transform="translate(0 {number * _HEIGHT})">{_panel(title, lines)}</g>'
-        for number, (title, lines) in enumerate(panels)
-    )
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT * len(panels)}" fill="none" '
-        f'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="#fff"/>{body}</svg>\n'
-    )
+    moved = [below(number * _HEIGHT, _panel(title, lines)) for number, (title, lines) in enumerate(panels)]
+    return svg(_WIDTH, _HEIGHT * len(panels), moved)
 
 
 def _line(steps: Mapping[int, Mapping[str, Scalar]], name: str) -> Line:
@@ -43,36 +37,26 @@ def _line(steps: Mapping[int, Mapping[str, Scalar]], name: str) -> Line:
     return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
 
 
-def _panel(title: str, lines: Mapping[str, Line]) -> str:
+def _panel(title: str, lines: Mapping[str, Line]) -> list[str]:
     points = [point for line in lines.values() for point in line]
     if not points:
-        return _text(_MARGIN, _MARGIN, f"{title}: nothing to show")
+        return [text(_MARGIN, _MARGIN, f"{title}: nothing to show")]
     last, low, high = (max(step for step, _ in points), min(v for _, v in points), max(v for _, v in points))
     low = min(low, 0.0)
 
     def at(step: float, value: float) -> tuple[float, float]:
-        x = _MARGIN + (_WIDTH - 2 * _MARGIN) * step / (last or 1)
-        return x, _HEIGHT - 30 - (_HEIGHT - 60) * (value - low) / (high - low or 1)
+        x = between(step, 0, last, _MARGIN, _WIDTH - _MARGIN)
+        return x, between(value, low, high, _HEIGHT - 30, 30)
 
-    parts = [f'<polyline points="{_points([at(0, high), at(0, low), at(last, low)])}" stroke="#333"/>']
-    for color, line in zip(_COLORS, lines.values(), strict=False):
-        places = [at(*point) for point in line]
-        parts.append(f'<polyline points="{_points(places)}" stroke="{color}"/>')
+    parts = [line([at(0, high), at(0, low), at(last, low)])]
+    for color, found in zip(_COLORS, lines.values(), strict=False):
+        places = [at(*point) for point in found]
+        parts.append(line(places, color))
         if len(places) <= _MAX_DOTS:  # a single point is no line
-            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{color}"/>' for x, y in places]
+            parts += [dot(*place, color, radius=2) for place in places]
     x = float(_MARGIN)
     for color, name in zip(_COLORS, lines, strict=False):
-        parts.append(_text(x, 16, name, color))
+        parts.append(text(x, 16, name, color))
         x += 12 + 6.5 * len(name)
-    labels = ((_MARGIN, last * 0.0), (_WIDTH - _MARGIN, last))
-    parts += [_text(x, _HEIGHT - 14, f"{step:g}") for x, step in labels]
-    parts += [_text(4, at(0, value)[1] + 4, f"{value:.3g}") for value in (low, high)]
-    return "".join(parts)
-
-
-def _points(points: Sequence[tuple[float, float]]) -> str:
-    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-
-
-def _text(x: float, y: float, content: str, color: str = "#333") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" fill="{color}">{html.escape(content)}</text>'
+    parts += [text(x, _HEIGHT - 14, f"{step:g}") for x, step in ((_MARGIN, 0), (_WIDTH - _MARGIN, last))]
+    return parts + [text(4, at(0, value)[1] + 4, f"{value:.3g}") for value in (low, high)]

@@ -3,16 +3,21 @@
 A block is what is done and committed at a time. The driver never holds more rows than a file has, and a task reads one file.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
 
-from mgie.data.ledger import split_rows
+from mgie.data.ledger import rejection_code, split_rows, to_table
 from mgie.storage.folder import Folder
 
 _WORK = "_work"
@@ -62,11 +67,62 @@ def write_pending(
     return PendingRows(out=out, rows_per_block=rows_per_block, num_rows=num_rows)
 
 
-def run_blocks(written: ray.data.Dataset, column: str) -> Iterator[Any]:
-    """Runs a dataset; yields what its last stage says of each block in a column, as soon as the block is done."""
+def write_to_do(
+    out: Folder,
+    rows: Sequence[dict[str, Any]],
+    schema: pa.Schema,
+    *,
+    latest: pa.Table,
+    retry_failed: bool,
+    rows_per_block: int,
+) -> PendingRows:
+    """Writes those of the rows that were not done yet.
+
+    Args:
+        latest: `id`, `attempt` and `status` of each id's highest attempt.
+        retry_failed: Whether rows that were rejected are to be done, too, as their next attempt.
+    """
+    done = dict(zip(latest.column("id").to_pylist(), latest.column("attempt").to_pylist(), strict=True))
+    pending = [row for row in rows if row["id"] not in done]
+    if retry_failed:
+        failed = set(latest.filter(pc.equal(latest.column("status"), "rejected")).column("id").to_pylist())
+        pending += [row | {"attempt": done[row["id"]] + 1} for row in rows if row["id"] in failed]
+    return write_pending(out, to_table(pending, schema).to_batches(), schema, rows_per_block=rows_per_block)
+
+
+def write_part(out: Folder, rows: pa.Table, key: bytes) -> None:
+    """Writes a block that is done as a file of the ledger; the same key gives the same file. Raises OSError."""
+    buffer = io.BytesIO()
+    pq.write_table(rows, buffer)
+    out.write(f"part-{part_name(key)}.parquet", buffer.getvalue())
+
+
+def part_name(key: bytes) -> str:
+    """The part of a file's name that says which block it holds."""
+    return hashlib.sha256(key).hexdigest()[:20]
+
+
+def ids_key(rows: pa.Table) -> bytes:
+    """Key of the rows' ids and attempts."""
+    return json.dumps(list(zip(*(rows.column(name).to_pylist() for name in ("id", "attempt")), strict=True))).encode()
+
+
+def figures_of(rows: pa.Table) -> dict[str, Any]:
+    """What a block tells when it is done: how many rows there are by status and by reason."""
+    reasons = [rejection_code(reason) for reason in rows.column("reason").to_pylist() if reason]
+    return {"rows": rows.num_rows, "status": Counter(rows.column("status").to_pylist()), "reasons": Counter(reasons)}
+
+
+def figures_table(figures: Mapping[str, Any]) -> pa.Table:
+    """Figures of a block, as its last stage gives them to `run_blocks`."""
+    return pa.table({"figures": [json.dumps(figures)]})
+
+
+def run_blocks(written: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+    """Runs a dataset; yields the figures of each block as soon as it is done."""
     batches: Iterator[Any] = iter(written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
     for batch in batches:
-        yield from batch.column(column).to_pylist()
+        yield from map(json.loads, batch.column("figures").to_pylist())
 
 
 def _path(file_number: int) -> str:

@@ -5,21 +5,26 @@ Knows nothing of models, rows or what the stages do.
 """
 
 import logging
+import os
+import signal
+import socket
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext
-from ray.exceptions import UserCodeException
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from mgie.bundle.embedded import EMBEDDED
 from mgie.errors import ConfigError
-from mgie.storage.folder import Folder
+from mgie.storage.folder import Folder, open_folder
 
 PATIENCE_S = 15.0  # what a killed job held is free again after a few seconds
+_PROBE_S = 5.0
 _TOLERANCE = 1e-6  # sums of fractions of a CPU
 
 
@@ -63,12 +68,45 @@ class StageSize:
         }
 
 
-def start_ray() -> None:
-    """Joins the cluster that the environment names, else starts one on this machine; keeps Ray's chatter off the screen."""
+def start_ray(say: Callable[[str], None] = lambda _: None) -> None:
+    """Joins the cluster that the environment names, else starts one on this machine; keeps Ray's chatter off the screen.
+
+    Args:
+        say: Is told of a cluster that is gone.
+
+    Raises:
+        ConnectionError: Nothing answers at RAY_ADDRESS.
+    """
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine unasked
+        is_main = threading.current_thread() is threading.main_thread()
+        on_term = signal.getsignal(signal.SIGTERM)
+        ray.init(address=_address(say), log_to_driver=False, logging_level=logging.ERROR)
+        if is_main:
+            signal.signal(signal.SIGTERM, on_term)  # Ray has put its own in place
     DataContext.get_current().enable_progress_bars = False  # the jobs have one of their own, in rows
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def _address(say: Callable[[str], None]) -> str | None:
+    """What to tell Ray of where the cluster is: it would wait for minutes, deaf to signals, for one that is gone."""
+    named = os.environ.get("RAY_ADDRESS", "")
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # noqa: S108  # as Ray itself looks
+    file = Path(folder) / "ray" / "ray_current_cluster"
+    address = named or (file.read_text().strip() if file.is_file() else "")
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not port.isdigit():
+        return None  # none, or a word of Ray's own: auto, local
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_S).close()
+    except OSError as error:
+        if named:
+            raise ConnectionError(
+                f"RAY_ADDRESS is {named}, where no cluster answers ({error}); start it, or unset RAY_ADDRESS"
+            ) from error
+        say(f"the cluster that {file} names ({address}) is gone: starting one on this machine")
+        return "local"
+    return None
 
 
 def check_cluster(
@@ -119,7 +157,7 @@ def _shortage(
         needed = extra + sum(stage.min_actors * getattr(stage, field) for stage in stages.values())
         there = resources.get(kind, 0.0)
         if needed > there + _TOLERANCE:
-            flags = " or ".join(f"--{name}.{field.replace('_', '-')}" for name in stages)
+            flags = " or ".join(f"--{name}.{field.replace('_', '-')}" for name in stages) or "the CPUs of a task"
             return (
                 f"the job needs {needed:g} {kind}s at least, {there_is.format(there=there)}; "
                 f"lower {flags} or the numbers of actors, or add nodes"
@@ -157,13 +195,16 @@ def check_shared(folders: Mapping[str, Folder]) -> None:
             )
 
 
+def absolute_bundle(name: str) -> str:
+    """A bundle's name as tasks and actors can use it, who work in another folder than the one who gave it."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if name not in EMBEDDED and path.is_dir() else name
+
+
+def local_bundles(*names: str) -> dict[str, Folder]:
+    """Those of the bundles (`absolute_bundle`) that all nodes must see, by what they are; others they fetch."""
+    return {f"bundle {name}": open_folder(name) for name in names if name.startswith("/")}
+
+
 def _unseen(paths: Mapping[str, str]) -> list[str]:
     return [name for name, path in paths.items() if not Path(path).exists()]
-
-
-def cause_of(error: BaseException) -> BaseException:
-    """What a worker raised, out of what Ray wraps around it."""
-    # Ray Data leaves out what its own exception wraps; the one around that has the worker's traceback.
-    while (inner := getattr(error, "cause", None) or error.__cause__) and not isinstance(inner, UserCodeException):
-        error = inner
-    return error

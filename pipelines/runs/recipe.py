@@ -13,12 +13,15 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from mgie.errors import MGIEError
+from pipelines.runs.command import FAULT, FaultError
+from pipelines.runs.progress import Bar
 
 ROOT = Path(__file__).resolve().parents[2]
 _DONE = "done.json"
@@ -66,23 +69,36 @@ def make(
         until: Only these and all that they need; none = all.
 
     Raises:
-        MGIEError: A stage failed; those that were running at the same time have ended, too.
+        FaultError: A stage met a fault of store, disk or cluster.
+        MGIEError: A stage failed for another reason; those that were running at the same time have been ended.
     """
     places = folders(stages, work, share=share)
     wanted = set().union(*(_needed(stages, name) for name in until)) if until else set(stages)
     waiting = [name for name in stages if name in wanted and not (places[name] / _DONE).is_file()]
     running: dict[Future[None], str] = {}
-    with ThreadPoolExecutor(parallel) as pool:
-        while waiting or running:
-            for name in list(waiting):
-                is_ready = all((places[need] / _DONE).is_file() for need in stages[name].needs)
-                if is_ready and len(running) < parallel:
-                    waiting.remove(name)
-                    running[pool.submit(_run, name, stages[name], places, share, console)] = name
-            ended, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in ended:
-                running.pop(future)
-                future.result()
+    processes: list[subprocess.Popen[bytes]] = []
+    with (
+        ThreadPoolExecutor(parallel) as pool,
+        Bar(console, "stages", len(wanted), done=len(wanted) - len(waiting)) as bar,
+    ):
+        try:
+            while waiting or running:
+                for name in list(waiting):
+                    is_ready = all((places[need] / _DONE).is_file() for need in stages[name].needs)
+                    if is_ready and len(running) < parallel:
+                        waiting.remove(name)
+                        command = [sys.executable, *_command(stages[name], {**places, "out": places[name]}, share)]
+                        future = pool.submit(_run, name, command, places[name], console, processes)
+                        running[future] = name
+                ended, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    future.result()
+                    bar.show(bar.done + 1, f"{running.pop(future)} done")
+        except BaseException:
+            for process in processes:
+                with suppress(ProcessLookupError):
+                    process.terminate()
+            raise
     return places
 
 
@@ -90,19 +106,23 @@ def _needed(stages: Mapping[str, Stage], name: str) -> set[str]:
     return {name}.union(*(_needed(stages, need) for need in stages[name].needs))
 
 
-def _run(name: str, stage: Stage, places: Mapping[str, Path], share: float, console: Console) -> None:
-    out = places[name]
+def _run(
+    name: str, command: list[str], out: Path, console: Console, processes: list["subprocess.Popen[bytes]"]
+) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, *_command(stage, {**places, "out": out}, share)]
     console.print(f"[bold]{name}[/]: {shlex.join(['python', *command[1:]])}", soft_wrap=True)
     began = time.monotonic()
     with (out / "output.txt").open("ab") as output:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(  # noqa: S603  # our own commands
-            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False
+        process = subprocess.Popen(  # noqa: S603  # our own commands
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
         )
-    if done.returncode:
-        raise MGIEError(f"stage {name} failed with status {done.returncode}; its output is in {out / 'output.txt'}")
+        processes.append(process)
+        status = process.wait()
+        processes.remove(process)
+    if status:
+        kind = FaultError if status == FAULT else MGIEError
+        raise kind(f"stage {name} failed with status {status}; its output is in {out / 'output.txt'}")
     seconds = time.monotonic() - began
     (out / _DONE).write_text(json.dumps({"seconds": round(seconds, 1), "command": command[1:]}, indent=1) + "\n")
     console.print(f"[bold]{name}[/]: done in {seconds / 60:.1f} min")

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from mgie.errors import ConfigError, DataError
@@ -11,6 +11,7 @@ from mgie.storage.folder import Folder
 
 RUN_FILE = "run.json"
 RUN_FORMAT = 1
+_SHOWN_LETTERS = 60
 
 
 def fingerprint(content: Any) -> str:
@@ -30,11 +31,25 @@ class RunRecord:
     is_finished: bool = False
     report: Mapping[str, Any] | None = None
     "counts and durations, when finished"
+    decides: frozenset[str] | None = None
+    "names in the configuration of what decides the result, None = all; not stored"
 
     def write(self, folder: Folder) -> None:
         """Replaces the record of the folder."""
-        content = {"format": RUN_FORMAT, **{name: getattr(self, name) for name in self.__dataclass_fields__}}
+        names = [field.name for field in fields(self) if field.name != "decides"]
+        content = {"format": RUN_FORMAT, **{name: getattr(self, name) for name in names}}
         folder.write(RUN_FILE, (json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n").encode())
+
+
+def make_record(job: str, config: Any, decides: Mapping[str, Any]) -> RunRecord:
+    """The record of a run that begins.
+
+    Args:
+        config: Dataclass of all settings.
+        decides: What decides the result, by the names that a difference is told by.
+    """
+    resolved = {**asdict(config), **decides}
+    return RunRecord(job=job, fingerprint=fingerprint(decides), config=resolved, decides=frozenset(decides))
 
 
 def read_run(folder: Folder) -> RunRecord | None:
@@ -54,8 +69,12 @@ def read_run(folder: Folder) -> RunRecord | None:
         raise DataError(f"{folder.url}/{RUN_FILE} is damaged: {error!r}") from error
 
 
-def claim(folder: Folder, run: RunRecord) -> RunRecord:
+def claim(folder: Folder, run: RunRecord, *, may_grow: str = "") -> RunRecord:
     """Begins `run` in the folder, or continues it there.
+
+    Args:
+        may_grow: A number in the configuration ("training.steps"): a run that differs in nothing else, and asks for
+            more, goes on.
 
     Returns:
         `run`, or the record of the same run that was begun or finished before.
@@ -72,10 +91,34 @@ def claim(folder: Folder, run: RunRecord) -> RunRecord:
         return run
     if (found.job, found.fingerprint) == (run.job, run.fingerprint):
         return found
+    if found.job != run.job:
+        raise ConfigError(f"folder {folder.url} holds another run: job {found.job}, not {run.job}; give another folder")
     now = json.loads(json.dumps(run.config, default=str))  # as it would be read back
-    names = sorted(name for name in {*now, *found.config} if now.get(name) != found.config.get(name))
-    difference = f"job {found.job}, not {run.job}" if found.job != run.job else ", ".join(names) or "the input's files"
+    decides = run.decides or now.keys()
+    differing = [
+        difference
+        for name in sorted({*now, *found.config} & decides)
+        for difference in _differences(name, found.config.get(name), now.get(name))
+    ]
+    if [name for name, _, _ in differing] == [may_grow] and differing[0][2] > differing[0][1]:
+        run.write(folder)
+        return run
+    told = "; ".join(f"{name} was {_short(old)}, is {_short(new)}" for name, old, new in differing)
     raise ConfigError(
-        f"folder {folder.url} holds another run: {difference} differ"
-        f" (fingerprint {found.fingerprint}, this run {run.fingerprint}); give another folder"
+        f"folder {folder.url} holds another run: {told or 'the files of its input were others'}. "
+        "Give the old values to continue it, or another folder"
     )
+
+
+def _differences(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Name, old and new value of each leaf that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from _differences(f"{name}.{key}", old.get(key), new.get(key))
+    elif old != new:
+        yield name, old, new
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN_LETTERS else f"{text[:_SHOWN_LETTERS]}..."

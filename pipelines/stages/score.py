@@ -10,22 +10,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from PIL import Image
 
 from mgie.bundle.devices import resolve_device
 from mgie.data.ledger import RejectionCode, rejection, to_table
-from mgie.errors import ImageError
+from mgie.errors import DataError, ImageError
 from mgie.evaluation.network_files import find_network
 from mgie.evaluation.perceptual import load_networks
 from mgie.evaluation.scorer import Comparison, Scorer
 from mgie.images.files import read_image
-from mgie.images.geometry import resize
-from mgie.tiny.world import Sample, check_edit, make_sample, states_change
 from pipelines.stages.edit import EditImages
 from pipelines.stages.fetch import EDIT_ROW_SCHEMA
-from pipelines.stages.score_rows import CEILING, COPY, IMAGES, ScoringPlan
+from pipelines.stages.score_rows import CEILING, COPY, IMAGES, ScoringPlan, open_scorer
 from pipelines.stages.seeds import row_seed
 
 
@@ -51,8 +48,6 @@ class _Case:
     mask: Image.Image | None
     edited: Image.Image | None
     turns: Sequence[Mapping[str, Any]]
-    sample: Sample | None
-    "of the tiny world, where the row is one"
     results: dict[str, _Result] = field(default_factory=dict)
 
 
@@ -67,6 +62,7 @@ class ScoreEdits:
         self._plan = plan
         networks = {name: find_network(where) for name, where in plan.networks.items()}
         self._scorer = Scorer(load_networks(networks, resolve_device(plan.device)), batch_size=plan.batch_size)
+        self._row_scorer = open_scorer(plan.scorer)
         self._editor: EditImages | None = None
         if plan.bundle is not None:
             self._editor = EditImages(
@@ -98,10 +94,23 @@ class ScoreEdits:
         good = [(case, result) for case, _, result in done if result.reason is None]
         measured = iter(self._scorer([_comparison(case, result) for case, result in good]))
         for case, name, result in done:
-            scores = next(measured) | _world_scores(case, result) if result.reason is None else {}
+            scores = next(measured) | self._score_by_facts(case, result) if result.reason is None else {}
+            if result.reason is not None:
+                scores, result.data = {}, None
             row = _score_row(case.row, name, reason=result.reason) | scores | {"expressive": result.expressive}
             scored.append((row, result.data))
         return scored
+
+    def _score_by_facts(self, case: _Case, result: _Result) -> dict[str, float]:
+        """What the scorer that was named says; a row that it cannot score gets a reason."""
+        if self._row_scorer is None or len(case.turns) > 1:  # facts are those of the last turn alone
+            return {}
+        facts, instruction = json.loads(case.row["facts"]), case.turns[0]["instruction"]
+        try:
+            return dict(self._row_scorer(facts, instruction, result.image, result.expressive))
+        except DataError as error:
+            result.reason = rejection("bad_row", str(error))
+            return {}
 
     def _edit(self, cases: Sequence[_Case], name: str, settings: Mapping[str, Any]) -> None:
         """Fills the results of one setting, turn by turn."""
@@ -143,26 +152,14 @@ def _open(row: Mapping[str, Any]) -> _Case:
     source, goal = images["source"], images["goal"]
     if source is None or goal is None:
         raise _rejected("bad_row", "the row has no goal")
-    turns = json.loads(row["turns"])
     return _Case(
         row=row,
         source=source,
         goal=goal,
         mask=images["mask"],
         edited=images["edited"],
-        turns=turns,
-        sample=_sample(json.loads(row["facts"]), turns),
+        turns=json.loads(row["turns"]),
     )
-
-
-def _sample(facts: Mapping[str, Any], turns: Sequence[Mapping[str, Any]]) -> Sample | None:
-    """The sample of the tiny world that a row is. Raises _RejectedError if the world draws another one today."""
-    if "tiny_world" not in facts or len(turns) > 1:  # a sample knows the goal of one edit of its own source
-        return None
-    sample = make_sample(**facts["tiny_world"])
-    if sample.instruction != turns[0]["instruction"]:
-        raise _rejected("bad_row", f"sample {facts['tiny_world']} of the tiny world is another edit in this version")
-    return sample
 
 
 def _rejected(code: RejectionCode, what: str) -> _RejectedError:
@@ -206,14 +203,3 @@ def _comparison(case: _Case, result: _Result) -> Comparison:
         source_caption=case.row["source_caption"],
         goal_caption=case.row["goal_caption"],
     )
-
-
-def _world_scores(case: _Case, result: _Result) -> dict[str, float]:
-    """The object check, and whether the words state the change, for a sample of the tiny world."""
-    if case.sample is None:
-        return {}
-    edited = resize(result.image, (case.sample.side_px, case.sample.side_px))
-    scores = {"object_check": float(check_edit(case.sample, np.asarray(edited)).is_right)}
-    if result.expressive:
-        scores["states_change"] = float(states_change(result.expressive, case.sample.edit))
-    return scores

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from mgie.data.ledger import EDITS_SCHEMA, list_parquet, read_ledger, read_manifest, rejection, to_table
+from mgie.data.ledger import EDITS_SCHEMA, is_ledger, read_latest, read_ledger, read_manifest, rejection, to_table
 from mgie.errors import ConfigError, DataError
-from mgie.evaluation.metrics import METRICS, NetworkName
+from mgie.evaluation.metrics import METRICS, Metric, NetworkName, RowScorer
 from mgie.storage.folder import Folder
 from mgie.storage.retry import is_absent
+from pipelines.runs.settings import load_named
 
 COPY, CEILING, EDITED = "copy", "vae ceiling", "edited"
 "Settings that are no sampling: the input as it is, the goal through the VAE; and the one of a run without a sweep."
@@ -34,25 +34,33 @@ PLANNED_SCHEMA = pa.schema(
 """A row to be scored: source of the first turn, goal and mask of the last, and
 edited   URI of a result that is there already, below the folder of results
 turns    JSON list of {id, instruction, expressive}: the edits to be made, one after the other
-facts    JSON object: what rows can be grouped by, and `tiny_world`, which names a sample of the tiny world
+facts    JSON object: what rows can be grouped by, and what a `RowScorer` needs to know of them
 """
 SCORE_ROW_SCHEMA = pa.schema([*PLANNED_SCHEMA, *(pa.field(f"{name}_data", pa.binary()) for name in IMAGES)])
-SCORES_SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.int64(), nullable=False),
-        pa.field("setting", pa.string(), nullable=False),
-        pa.field("attempt", pa.int32(), nullable=False),
-        pa.field("status", pa.string(), nullable=False),
-        pa.field("reason", pa.string()),
-        *(pa.field(name, pa.string()) for name in ("source", "goal", "edited", "instruction", "expressive", "facts")),
-        *(pa.field(name, pa.float64()) for name in METRICS),
-    ]
-)
+
+
+def scores_schema(metrics: Mapping[str, Metric]) -> pa.Schema:
+    """Columns of scores by these metrics; null where one was not measured."""
+    texts = ("source", "goal", "edited", "instruction", "expressive", "facts")
+    return pa.schema(
+        [
+            pa.field("id", pa.int64(), nullable=False),
+            pa.field("setting", pa.string(), nullable=False),
+            pa.field("attempt", pa.int32(), nullable=False),
+            pa.field("status", pa.string(), nullable=False),
+            pa.field("reason", pa.string()),
+            *(pa.field(name, pa.string()) for name in texts),
+            *(pa.field(name, pa.float64()) for name in metrics),
+        ]
+    )
+
+
+SCORES_SCHEMA = scores_schema(METRICS)
 """One row per id, setting and attempt:
 setting      `copy`, `vae ceiling`, `edited`, or a scale of a sweep
 edited       URI of the result; null for baselines
 instruction  of the last turn        expressive   what guided its edit
-then the metrics (`mgie.evaluation.metrics.METRICS`); null where one was not measured
+then the metrics (`mgie.evaluation.metrics.METRICS`, and those of a `RowScorer`)
 """
 
 Protocol = Literal["single-turn", "multi-turn"]
@@ -88,23 +96,16 @@ def read_rows(
 
 
 def _read(folder: Folder, *, gives_expressive: bool) -> list[Row]:
-    files = list_parquet(folder)
-    is_ledger = bool(files) and "attempt" in _column_names(folder, files[0])
-    if gives_expressive and not is_ledger:
+    has_attempts = is_ledger(folder)
+    if gives_expressive and not has_attempts:
         raise ConfigError(f"{folder.url} is no ledger: it has no expressive instructions to give")
     columns = [*_COLUMNS, "expressive"] if gives_expressive else _COLUMNS
     # Also the rows that got no expressive instruction: the data set is scored, not the ledger.
-    batches = read_ledger(folder, status=None, columns=columns) if is_ledger else read_manifest(folder, columns=columns)
+    batches = (
+        read_ledger(folder, status=None, columns=columns) if has_attempts else read_manifest(folder, columns=columns)
+    )
     rows: list[Row] = pa.Table.from_batches(batches).to_pylist()
     return rows
-
-
-def _column_names(folder: Folder, path: str) -> list[str]:
-    try:
-        names: list[str] = pq.read_schema(path, filesystem=folder.filesystem).names
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    return names
 
 
 def _sessions(rows: Sequence[Row]) -> list[list[Row]]:
@@ -149,19 +150,11 @@ def add_results(rows: Sequence[Row], results: Folder) -> list[Row]:
     Raises:
         DataError: The folder holds no such run, or several results for one source and instruction.
     """
-    last: dict[int, Row] = {}
-    for path in list_parquet(results):
-        try:
-            table = pq.read_table(path, columns=EDITS_SCHEMA.names, filesystem=results.filesystem)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{path} is no ledger of edits: {error}") from error
-        for row in table.to_pylist():
-            if row["attempt"] >= last.get(row["id"], row)["attempt"]:
-                last[row["id"]] = row
+    last = read_latest(results, EDITS_SCHEMA).to_pylist()
     if not last:
         raise DataError(f"{results.url} holds no results of pipelines/edit.py")
     found: dict[tuple[str, str], Row] = {}
-    for row in last.values():
+    for row in last:
         key = row["image"], row["instruction"]
         if key in found:
             raise DataError(f"{results.url} holds several results for {key[0]} and {key[1]!r}: which one is meant?")
@@ -188,6 +181,8 @@ class ScoringPlan:
     "whether the goal through the VAE is scored too"
     networks: Mapping[NetworkName, str]
     "where each network is"
+    scorer: str | None = None
+    "`module:callable` that makes a RowScorer"
     seed: int
     "a row's own seed follows from it and the row's id"
     batch_size: int
@@ -198,6 +193,22 @@ class ScoringPlan:
     def names(self) -> tuple[str, ...]:
         """All settings, baselines first."""
         return (COPY, *([CEILING] if self.has_ceiling else []), *self.settings)
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """All that may be measured, by name of the column."""
+        return metrics_of(self.scorer)
+
+
+def open_scorer(name: str | None) -> RowScorer | None:
+    """The scorer of a name. Raises ConfigError if there is none."""
+    return load_named(name, param="scorer")() if name else None
+
+
+def metrics_of(scorer: str | None) -> dict[str, Metric]:
+    """All that may be measured with a scorer, by name of the column."""
+    opened = open_scorer(scorer)
+    return {**METRICS, **(opened.metrics if opened else {})}
 
 
 class FetchPictures:

@@ -20,6 +20,7 @@ from mgie.errors import DataError
 from mgie.storage.folder import Folder
 from mgie.storage.retry import with_retries
 from mgie.training.checkpoint import SNAPSHOT_FILE, Snapshot, parse_snapshot, read_snapshot
+from pipelines.runs.command import FaultError
 
 CHECKPOINTS = "checkpoints"
 
@@ -90,7 +91,7 @@ def upload_snapshot(local: Path, run: Folder, name: str) -> Folder:
     """Copies a checkpoint into the run's folder, its record last; returns where it is.
 
     Raises:
-        DataError: The local disk takes no more.
+        FaultError: The local disk takes no more.
         OSError: The store is in trouble.
     """
     folder = run.child(f"{CHECKPOINTS}/{name}")
@@ -103,7 +104,7 @@ def upload_snapshot(local: Path, run: Folder, name: str) -> Folder:
         if not run.is_local:
             raise
         run.delete(f"{CHECKPOINTS}/{name}")  # half a checkpoint would only keep a full disk full
-        raise DataError(f"checkpoint {folder.url} cannot be written: {error}") from error
+        raise FaultError(f"checkpoint {folder.url} cannot be written: {error}") from error
     return folder
 
 

@@ -8,12 +8,11 @@ A step that a kill undid is trained again, and written again by a later attempt:
 Knows nothing of Ray, nor of what the numbers mean.
 """
 
-import importlib
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -23,8 +22,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from mgie.errors import ConfigError
 from mgie.storage.folder import Folder
+from pipelines.runs.settings import load_named
 
 Scalar = float | bool | None
 
@@ -148,14 +147,8 @@ def open_tracker(name: str, run: Folder, scratch: Path, *, step: int) -> Tracker
         return None
     if name == "tensorboard":
         return TensorBoardTracker(run, scratch, step=step)
-    module, _, attribute = name.partition(":")
-    try:
-        make: Callable[..., Tracker] = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"tracker is {name!r}; it must be tensorboard, none, or module:callable ({error})", param="tracker"
-        ) from error
-    return make(run, scratch, step=step)
+    tracker: Tracker = load_named(name, param="tracker", others="tensorboard, none, or ")(run, scratch, step=step)
+    return tracker
 
 
 class Trackers:

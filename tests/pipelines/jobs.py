@@ -23,8 +23,6 @@ import ray.data
 from pipelines.runs.lease import HeldLease
 from tests.pipelines.chaos import Cluster, Job, wait_for
 
-_JOBS = ("cache", "edit", "evaluate", "prepare", "summarize", "train")
-
 
 def run_here(main: Callable[[], int], flags: Sequence[object]) -> tuple[int, str]:
     """What a job's script does, in this process. Gives the exit status, and what was said with single spaces."""
@@ -146,10 +144,8 @@ class _Actor:
 
 def leave_ray_out(patch: pytest.MonkeyPatch) -> None:
     """From now on the jobs run their stages in this process, one block after the other, on no cluster."""
-    for job in _JOBS:
-        for name in ("start_ray", "check_cluster", "check_shared"):
-            if not (job == "prepare" and name == "check_cluster"):
-                patch.setattr(f"pipelines.{job}.{name}", lambda *_, **__: None)
+    for name in ("start_ray", "check_cluster", "check_shared"):
+        patch.setattr(f"pipelines.runs.run.{name}", lambda *_, **__: None)
     patch.setattr("ray.data.from_items", _from_items)
     actors = SimpleNamespace(
         remote=lambda **_: lambda made: SimpleNamespace(remote=lambda *args: _Actor(made(*args))),

@@ -16,11 +16,10 @@ from rich.console import Console
 from mgie.bundle.bundle import Bundle, open_bundle
 from mgie.data.ledger import to_table
 from mgie.errors import DataError
-from mgie.evaluation.metrics import METRICS
 from pipelines.compare import CLAIMS, VARIANTS, CompareConfig, compare, stages
-from pipelines.reports.compare import markdown, plot
+from pipelines.reports.compare import METRICS, markdown, plot
 from pipelines.runs.recipe import folders, make
-from pipelines.stages.score_rows import SCORES_SCHEMA
+from pipelines.stages.score_rows import scores_schema
 
 L1 = {"ip2p": 0.30, "ft": 0.25, "fz": 0.31, "lgie": 0.29, "e2e": 0.20, "e2e without L_ins": 0.20}
 NUM_ROWS = 60
@@ -41,7 +40,7 @@ def _write_scores(places: dict[str, Path], *, num_rows: int = NUM_ROWS) -> None:
                 for setting, found in (("copy", dict.fromkeys(scores, 0.5)), ("edited", scores)):
                     row = {"id": number, "setting": setting, "attempt": 1, "status": "ok", "facts": json.dumps(facts)}
                     rows.append({**dict.fromkeys(METRICS), **row, **found})
-            pq.write_table(to_table(rows, SCORES_SCHEMA), folder / "part-a.parquet")
+            pq.write_table(to_table(rows, scores_schema(METRICS)), folder / "part-a.parquet")
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from mgie.data.ledger import LEDGER_SCHEMA, to_table, write_images_root
 from mgie.errors import ConfigError, DataError
 from mgie.images.files import read_image
 from mgie.storage.folder import open_folder
-from pipelines import export as job
-from pipelines.export import ExportConfig, export
+from pipelines.export import ExportConfig, export, main
+from tests.pipelines.jobs import run_here
 from tests.pipelines.raw_data import picture, read_rows
 
 LOCAL = pafs.LocalFileSystem()
@@ -107,23 +107,21 @@ def test_a_missing_image_stops_the_export_and_the_next_one_is_whole(kind: Any, t
     config = ExportConfig(ledger=str(tmp_path / "ledger"), out=str(tmp_path / "out"), format=kind)
     with pytest.raises(DataError, match=f"goal image .* of row {rows[1]['id']}"):
         export(config)
-    assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["run.json"]
+    assert {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()} == {"config.yaml", "run.json"}
     (tmp_path / "aside").rename(tmp_path / rows[1]["goal"])
     assert export(config) == {"train": 2}
 
 
-def test_a_finished_export_is_not_run_again_and_another_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_finished_export_is_not_run_again_and_another_is_refused(tmp_path: Path) -> None:
     _write_ledger(tmp_path, ["train", "train"])
-    config = ExportConfig(ledger=str(tmp_path / "ledger"), out=str(tmp_path / "out"))
-    assert job.main(config) == 0
-    assert "exported 2 rows (train 2)" in capsys.readouterr().out
+    flags = ["--ledger", tmp_path / "ledger", "--out", tmp_path / "out"]
+    status, said = run_here(main, flags)
+    assert (status, "exported 2 rows (train 2)" in said) == (0, True), said
     (tmp_path / "out" / "data" / "train-00000-of-00001.parquet").unlink()
-    assert job.main(config) == 0
+    assert run_here(main, flags)[0] == 0
     assert list((tmp_path / "out" / "data").iterdir()) == []
-    assert job.main(ExportConfig(ledger=config.ledger, out=config.out, format="mgie")) == 1
-    assert "format differ" in " ".join(capsys.readouterr().err.split())
+    status, said = run_here(main, [*flags, "--format", "mgie"])
+    assert (status, 'format was "huggingface", is "mgie"' in said) == (2, True), said
     with pytest.raises(ConfigError, match="holds the ledger"):
         export(ExportConfig(ledger=str(tmp_path / "ledger"), out=str(tmp_path)))
 

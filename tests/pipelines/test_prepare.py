@@ -24,7 +24,7 @@ from pipelines.runs import lease
 from pipelines.runs.lease import hold_lease
 from tests.pipelines import raw_data
 from tests.pipelines.chaos import ROOT, Cluster, Job
-from tests.pipelines.jobs import stuck
+from tests.pipelines.jobs import run_here, stuck
 from tests.pipelines.raw_data import Edit, edits, picture, with_one
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
@@ -153,22 +153,21 @@ def test_a_folder_that_brings_its_images_can_be_moved(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("cluster", "_small_shards")
-def test_a_finished_run_is_not_run_again_and_another_one_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_finished_run_is_not_run_again_and_another_one_is_refused(tmp_path: Path) -> None:
     write_layout("ipr2pr", tmp_path / "raw", 6)
     config = PrepareConfig(input=str(tmp_path / "raw"), out=str(tmp_path / "out"))
-    assert job.main(config) == 0
+    flags = ["--input", config.input, "--out", config.out]
+    assert run_here(job.main, flags)[0] == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    assert job.main(config) == 0
-    assert "nothing to do" in capsys.readouterr().out
+    status, said = run_here(job.main, flags)
+    assert (status, "nothing to do" in said) == (0, True), said
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
     assert prepare(dataclasses.replace(config, max_tasks=3)).was_done  # speed decides nothing
 
-    assert job.main(dataclasses.replace(config, licence="other")) == 1
-    assert "licence differ" in " ".join(capsys.readouterr().err.split())
+    status, said = run_here(job.main, [*flags, "--licence", "other"])
+    assert (status, 'licence was null, is "other"' in said) == (2, True), said
     write_layout("ipr2pr", tmp_path / "raw", 8)
-    with pytest.raises(ConfigError, match="the input's files differ"):
+    with pytest.raises(ConfigError, match="the files of its input were others"):
         prepare(config)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
@@ -189,11 +188,10 @@ def test_a_second_writer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("cluster")
-def test_no_good_rows_is_an_error_that_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_good_rows_is_an_error_that_says_why(tmp_path: Path) -> None:
     raw_data.write_ipr2pr(tmp_path / "raw", [dataclasses.replace(edit, goal=b"") for edit in edits(3)])
-    config = PrepareConfig(input=str(tmp_path / "raw"), out=str(tmp_path / "out"))
-    assert job.main(config) == 1
-    error = " ".join(capsys.readouterr().err.split())
+    status, error = run_here(job.main, ["--input", tmp_path / "raw", "--out", tmp_path / "out"])
+    assert status == 2
     assert "gives no rows" in error
     assert "'bad_image': 3" in error
     assert len(_rows(tmp_path / "out", "rejected")) == 3
@@ -307,15 +305,15 @@ def test_a_killed_run_goes_on_and_gives_what_an_undisturbed_one_gives(
     program = tmp_path / "program.py"
     program.write_text(
         "import sys, pipelines.readers.ipr2pr as layout; layout.FOLDERS_PER_SHARD = 4\n"
-        "from pipelines.prepare import PrepareConfig, main\n"
-        f"sys.exit(main(PrepareConfig(input={config.input!r}, out={config.out!r}, max_tasks=1,"
-        " keeps_near_duplicates=True)))"
+        "from pipelines.prepare import main\n"
+        "sys.exit(main())"
     )
+    flags = ["--input", config.input, "--out", config.out, "--max-tasks", "1", "--keeps-near-duplicates"]
     staging = tmp_path / "killed" / "_staging"
     name, seeds = json.loads((tmp_path / "raw" / "seeds.json").read_text())[-1]
     with (
         stuck(tmp_path / "raw" / name / f"{seeds[-1]}_1.jpg"),
-        Job([], cluster.env, cwd=tmp_path, script=program) as running,
+        Job(flags, cluster.env, cwd=tmp_path, script=program) as running,
     ):
         running.wait_until(lambda: len(list(staging.glob("*.parquet"))) >= 3, "three shards")
         running.kill()
@@ -333,7 +331,7 @@ def test_a_killed_run_goes_on_and_gives_what_an_undisturbed_one_gives(
         return look_for_duplicates(*args, **given)
 
     monkeypatch.setattr(job, "_duplicates", look)
-    assert job.main(config) == 0
+    assert run_here(job.main, flags)[0] == 0
     assert len(kept) == num_shards
     assert {name: kept[name] for name in staged} == staged  # what was done was not done again
     undisturbed = dataclasses.replace(config, out=str(tmp_path / "undisturbed"))

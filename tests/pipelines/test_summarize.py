@@ -14,7 +14,6 @@ from pathlib import Path
 
 import boto3
 import pytest
-import tyro
 
 from mgie.data.ledger import count_ledger, rejection_code
 from mgie.errors import ConfigError
@@ -59,12 +58,13 @@ def flags(manifest: Folder, out: Folder, endpoint: Endpoint) -> list[str]:
         *("--backend", "openai", "--base-url", endpoint.url, "--describe-model", "counting"),
         *("--summarize-model", "random-summarizer"),
         *("--rows-per-commit", str(ROWS_PER_COMMIT), "--max-rows-in-flight", str(MAX_ROWS_IN_FLIGHT)),
+        *("--max-rejected", "0.2"),
     ]
 
 
 def run(command: list[str]) -> tuple[int, str]:
     """The job in this process: its exit status, and what it said."""
-    return run_here(lambda: main(tyro.cli(SummarizeConfig)), command)
+    return run_here(main, command)
 
 
 def copied(folder: Folder, to: Path) -> Folder:
@@ -204,7 +204,7 @@ def test_a_kill_loses_no_more_work_than_is_promised(survivor: Survivor) -> None:
 def test_the_command_of_a_finished_run_does_nothing(survivor: Survivor, endpoint: Endpoint) -> None:
     asked, before = len(endpoint.asked), survivor.out.list(is_recursive=True)
     status, text = run(survivor.command)
-    assert (status, text.startswith("0 rows to do")) == (0, True), text
+    assert (status, "0 rows to do" in text) == (0, True), text
     assert len(endpoint.asked) == asked
     assert survivor.out.list(is_recursive=True) == before
 
@@ -257,7 +257,6 @@ def test_a_cluster_that_is_too_small_is_refused(cluster: Cluster, endpoint: Endp
     status, text = run([*flags(manifest, out, endpoint), "--describe.num-cpus", "2"])
     assert status == 2
     assert "the job needs 2.75 CPUs at least, the cluster has 2; lower --describe.num-cpus" in text
-    assert not out.exists("run.json")
 
 
 @pytest.mark.ray

@@ -145,8 +145,8 @@ def test_a_ledger_is_continued_where_rows_are_missing_and_left_alone_where_none_
     before = _contents(ledger)
     lost.unlink()  # as if the run had been killed before this block was written
     said = place.run("summarize.py", SUMMARIZE)
-    assert said.startswith("4 rows to do")
-    assert _contents(ledger).keys() == before.keys() | {"_report/report.html"}
+    assert "4 rows to do" in said
+    assert _contents(ledger).keys() == before.keys() | {"_report/report.html", "config.yaml"}
     kept = [name for name in before if name.startswith("part-") and name != lost.name]
     assert len(kept) == 2
     assert all((ledger / name).read_bytes() == before[name] for name in kept)
@@ -156,7 +156,7 @@ def test_a_ledger_is_continued_where_rows_are_missing_and_left_alone_where_none_
         assert again == then
     after = _contents(ledger)
     said = place.run("summarize.py", SUMMARIZE)
-    assert said.startswith("0 rows to do")
+    assert "0 rows to do" in said
     assert _contents(ledger) == after
 
 
@@ -169,16 +169,16 @@ def test_edits_are_continued_where_some_are_missing_and_left_alone_where_none_ar
     before = _contents(edits)
     lost.unlink()
     (edits / "images" / "667e93cc6860e7a4.png").unlink()
-    said = place.run("edit.py", EDIT, status=1)  # one of the photos is not there
+    said = place.run("edit.py", EDIT, status=4)  # one of six photos is not there
     assert "2 edits to do" in said
     assert "1 edited, 1 rejected (1 missing_file)" in said
-    assert _contents(edits).keys() == before.keys()
+    assert _contents(edits).keys() == before.keys() | {"config.yaml"}
     assert _rows(lost) == _rows(DATA / "edits" / lost.name)
     for name in ("667e93cc6860e7a4", "1fdfc407fc1f22fe"):
         stored = DATA / "edits" / "images" / f"{name}.png"
         with Image.open(stored) as then, Image.open(edits / "images" / stored.name) as now:
             assert_same_picture(now, stored, pixels_of(then))
-    said = place.run("edit.py", EDIT)
+    said = place.run("edit.py", [*EDIT, "--max-rejected", "0.2"])
     assert "0 edits to do" in said
 
 

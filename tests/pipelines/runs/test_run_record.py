@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def test_a_run_is_begun_and_continued_by_the_same_settings(folder: Folder) -> No
 
 def test_another_run_is_refused_and_what_differs_is_named(folder: Folder) -> None:
     claim(folder, _run(layout="gier", dataset="x"))
-    with pytest.raises(ConfigError, match="holds another run: layout differ"):
+    with pytest.raises(ConfigError, match=r'holds another run: layout was "gier", is "evr". Give the old values'):
         claim(folder, _run(layout="evr", dataset="x"))
     with pytest.raises(ConfigError, match="job prepare, not summarize"):
         claim(folder, RunRecord(job="summarize", fingerprint="x", config={}))
@@ -37,6 +38,33 @@ def test_a_folder_with_something_else_is_refused(folder: Folder) -> None:
     with pytest.raises(ConfigError, match=r"not empty .*my thesis"):
         claim(folder, _run())
     assert not folder.exists("run.json")
+
+
+def test_only_what_decides_the_result_is_told_leaf_by_leaf(folder: Folder) -> None:
+    old, new = ({"steps": steps, "optimizer": {"rate": rate, "beta": 1}} for steps, rate in ((2, 0.1), (2, 0.2)))
+    for out, config, decides in (("a", old, {"training": old}), ("b", new, {"training": new})):
+        run = RunRecord(
+            job="train", fingerprint=fingerprint(decides), config={"out": out, **decides}, decides=frozenset(decides)
+        )
+        if config is old:
+            claim(folder, run)
+        else:
+            with pytest.raises(ConfigError, match=r"another run: training\.optimizer\.rate was 0\.1, is 0\.2\. Give"):
+                claim(folder, run)
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_a_number_that_may_grow_is_taken_over_and_may_not_shrink(folder: Folder, is_finished: bool) -> None:
+    few, many, other = (_run(training={"steps": steps}, seed=seed) for steps, seed in ((2, 0), (3, 0), (4, 1)))
+    claim(folder, few)
+    dataclasses.replace(few, is_finished=is_finished).write(folder)
+    with pytest.raises(ConfigError, match=r"training\.steps was 2, is 3"):
+        claim(folder, many)
+    assert claim(folder, many, may_grow="training.steps") == many
+    assert read_run(folder) == many
+    for wrong in (few, other):
+        with pytest.raises(ConfigError, match=r"training\.steps was 3"):
+            claim(folder, wrong, may_grow="training.steps")
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"format": 9}', b'{"format": 1, "job": "x"}'])

@@ -20,11 +20,11 @@ from pipelines.stages.score_rows import (
     CEILING,
     COPY,
     PLANNED_SCHEMA,
-    SCORES_SCHEMA,
     FetchPictures,
     Protocol,
     ScoringPlan,
     read_rows,
+    scores_schema,
 )
 from pipelines.stages.seeds import row_seed
 from tests.mgie.networks import write_clip, write_dino
@@ -42,6 +42,7 @@ from tests.pipelines.evaluation_data import (
 
 pytestmark = pytest.mark.slow
 
+WORLD = "mgie.tiny.world.scorer:WorldScorer"
 Scored = dict[tuple[int, str], tuple[dict[str, Any], bytes | None]]
 
 
@@ -49,7 +50,7 @@ def _score(folder: Path, plan: ScoringPlan, *, words: bool = False, protocol: Pr
     planned = read_rows(open_folder(folder), split="all", max_rows=None, protocol=protocol, gives_expressive=words)
     images = open_folder(folder.parent)
     scored = ScoreEdits(plan)(FetchPictures(images, images)(to_table(planned, PLANNED_SCHEMA)))
-    to_table([one for one, _ in scored], SCORES_SCHEMA)
+    to_table([one for one, _ in scored], scores_schema(plan.metrics))
     found = {(one["id"], one["setting"]): (one, data) for one, data in scored}
     assert len(found) == len(scored) == len(planned) * len(plan.names)
     return found
@@ -171,7 +172,7 @@ def _scored_results(folder: Path, rows: list[dict[str, Any]], results: dict[int,
         open_folder(write_manifest(folder, rows)), split="all", max_rows=None, protocol="single-turn", gives_expressive=False
     )  # fmt: skip
     planned = [one | {"edited": results[one["id"]]} for one in planned]
-    plan = scoring_plan(bundle=None, settings={"edited": {}}, has_ceiling=False)
+    plan = scoring_plan(bundle=None, settings={"edited": {}}, has_ceiling=False, scorer=WORLD)
     scored = ScoreEdits(plan)(FetchPictures(images, images)(to_table(planned, PLANNED_SCHEMA)))
     found = {one["id"]: one for one, _ in scored if one["setting"] == "edited"}
     assert {number: one["edited"] for number, one in found.items()} == results
@@ -197,7 +198,7 @@ def test_of_the_tiny_world_the_words_must_state_the_change(tmp_path: Path) -> No
     for one, sample in zip(rows, samples, strict=True):
         one["expressive"] = sample.expressive
     rows[3]["expressive"] = "Something will be different."
-    found = _score(write_ledger(tmp_path, rows), scoring_plan(), words=True)
+    found = _score(write_ledger(tmp_path, rows), scoring_plan(scorer=WORLD), words=True)
     assert [found[one["id"], "edited"][0]["states_change"] for one in rows] == [1, 1, 1, 0]
     assert found[rows[0]["id"], "edited"][0]["expressive"] == samples[0].expressive
     assert "states_change" not in found[rows[0]["id"], COPY][0]
@@ -206,6 +207,6 @@ def test_of_the_tiny_world_the_words_must_state_the_change(tmp_path: Path) -> No
 def test_a_sample_that_the_world_draws_otherwise_today_is_refused(tmp_path: Path) -> None:
     rows, _ = world_rows(tmp_path, range(2))
     rows[0]["instruction"] = "something else"
-    found = _score(write_manifest(tmp_path, rows), scoring_plan())
+    found = _score(write_manifest(tmp_path, rows), scoring_plan(scorer=WORLD))
     assert "of the tiny world is another edit in this version" in found[rows[0]["id"], COPY][0]["reason"]
     assert found[rows[1]["id"], COPY][0]["status"] == "ok"

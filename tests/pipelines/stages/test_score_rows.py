@@ -117,5 +117,5 @@ def test_results_that_do_not_tell_which_one_are_refused(tmp_path: Path) -> None:
         add_results(planned, _results(tmp_path / "results", twice))
     with pytest.raises(DataError, match=r"holds no results of pipelines/edit\.py"):
         add_results(planned, open_folder(tmp_path / "none"))
-    with pytest.raises(DataError, match="is no ledger of edits"):
+    with pytest.raises(DataError, match="does not have the expected columns"):
         add_results(planned, open_folder(tmp_path / "manifest"))

@@ -158,7 +158,7 @@ def run_with_kills(flags: Sequence[str], cluster: Cluster, out: Folder, kills: S
                         break
                     strike(cluster, out, kill)
                     if kill.victim == "disk":
-                        expected = 2
+                        expected = 3
                         break
                 if job.is_running():
                     status, output = job.finish()

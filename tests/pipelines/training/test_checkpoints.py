@@ -12,9 +12,9 @@ from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import Check
 from ray.train.v2._internal.execution.context import StorageContext
 from ray.train.v2.api.config import CheckpointConfig
 
-from mgie.errors import DataError
 from mgie.storage.folder import Folder, open_folder
 from mgie.training.checkpoint import SNAPSHOT_FILE, snapshot_name, write_snapshot
+from pipelines.runs.command import FaultError
 from pipelines.training.checkpoints import (
     CHECKPOINTS,
     complete_snapshots,
@@ -159,7 +159,7 @@ def test_a_disk_that_is_full_is_said_and_the_checkpoint_before_stays(tmp_path: P
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
     try:
-        with pytest.raises(DataError, match=f"checkpoint {run.url}/{CHECKPOINTS}/step-00000020 cannot be written"):
+        with pytest.raises(FaultError, match=f"checkpoint {run.url}/{CHECKPOINTS}/step-00000020 cannot be written"):
             upload_snapshot(local, run, snapshot_name(20))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
