@@ -77,7 +77,7 @@ MANIFEST_SCHEMA = pa.schema(_MANIFEST_FIELDS)
 """
 id              stable 63-bit hash of source bytes, goal bytes, instruction and direction: `row_id`
 dataset         name of the data set                    split           train | val | test
-source, goal    URIs of the images                      mask            URI; white = edited region; null = none
+source, goal    URIs of the images                      mask            URI; transparent, or white where nothing is, = edited; null = none
 instruction     the user's words, without white space around them
 source_caption, goal_caption   what the images show, where the data set says
 turn            from 1, in a session of several edits   session         what its turns share

@@ -20,6 +20,7 @@ from mgie.evaluation.network_files import find_network
 from mgie.evaluation.perceptual import load_networks
 from mgie.evaluation.scorer import Comparison, Scorer
 from mgie.images.files import read_image
+from mgie.images.pictures import load_mask
 from pipelines.stages.edit import EditImages
 from pipelines.stages.fetch import EDIT_ROW_SCHEMA
 from pipelines.stages.score_rows import CEILING, COPY, IMAGES, ScoringPlan, open_scorer
@@ -146,7 +147,7 @@ def _open(row: Mapping[str, Any]) -> _Case:
     for name in IMAGES:
         data = row[f"{name}_data"]
         try:
-            images[name] = None if data is None else read_image(data)
+            images[name] = None if data is None else load_mask(data) if name == "mask" else read_image(data)
         except ImageError as error:
             raise _rejected("bad_image", f"{name}: {error}") from error
     source, goal = images["source"], images["goal"]

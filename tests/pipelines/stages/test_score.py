@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 
 from mgie.bundle.bundle import open_bundle
 from mgie.data.ledger import rejection_code, to_table
@@ -110,6 +110,23 @@ def test_copying_the_input_is_perfect_where_nothing_is_to_be_done(tmp_path: Path
         assert {name: copied[name] for name in expected} == pytest.approx(expected, abs=1e-5)
         assert "lpips" not in copied
         assert "clip_t" in copied
+
+
+def test_a_mask_means_its_transparent_part_or_where_nothing_is_its_white_one(tmp_path: Path) -> None:
+    """MagicBrush publishes the photo with a hole, now and then of another size than the photo; others white on black."""
+    source, goal = picture(0), picture(1)
+    left = Image.new("L", (64, 48), 0)
+    left.paste(255, (0, 0, 32, 48))
+    hole = source.copy()
+    hole.putalpha(ImageChops.invert(left))
+    masks = {"white": left, "hole": hole, "large hole": hole.resize((128, 96), Image.Resampling.NEAREST)}
+    uris = {name: write_png(tmp_path, name, image) for name, image in {"a": source, "b": goal, **masks}.items()}
+    rows = [row(i, source=uris["a"], goal=uris["b"], mask=uris[name]) for i, name in enumerate(masks)]
+    found = _score(write_manifest(tmp_path, rows), scoring_plan())
+    errors = np.abs(np.asarray(source).astype(int) - np.asarray(goal)) / 255
+    for one in rows:
+        copied, _ = found[one["id"], COPY]
+        assert copied["inside_l1"] == pytest.approx(errors[:, :32].mean(), rel=1e-5)
 
 
 def test_each_turn_starts_from_the_result_of_the_one_before(tmp_path: Path) -> None:
