@@ -8,14 +8,13 @@ Each is a folder of parquet files. File names that begin with `.` or `_` are not
 
 **Images.** `source`, `goal` and `mask` are URIs relative to one root per folder: plain POSIX paths, not
 percent-encoded, without `..`. The file `images.json` beside the parquet files names the root: an absolute path,
-an `s3://` URL, or a path relative to the folder itself (so that a folder which brings its images can be moved
+the URL of a store, or a path relative to the folder itself (so that a folder which brings its images can be moved
 as a whole). It is written last: a folder without it was not finished. `images_root` reads it, `resolve_uri`
 joins; nothing else in the project puts a root and a URI together.
 
 **Reasons** are text `code: what happened`; the codes are few (`RejectionCode`), so that they can be counted.
 
-Stores are arguments (`pyarrow.fs.FileSystem` and a path in it); opening one from a URL is not done here.
-Knows nothing of data-set layouts, models or Ray.
+Knows nothing of data-set layouts, models or Ray, nor of how a folder is opened.
 """
 
 import hashlib
@@ -175,7 +174,7 @@ def write_images_root(folder: Folder, root: str) -> None:
     """Writes `images.json`; last, when all rows of the folder are there.
 
     Args:
-        root: Absolute path, `s3://` URL, or a path relative to the folder (`..`).
+        root: Absolute path, URL of a store, or a path relative to the folder (`..`).
     """
     text = json.dumps({"format": IMAGES_FORMAT, "root": root}, ensure_ascii=False)
     folder.write(IMAGES_FILE, text.encode() + b"\n")
@@ -188,7 +187,7 @@ def images_root(folder: Folder, *, moved_to: str | None = None) -> str:
         moved_to: What to take instead of what `images.json` says, for images that lie elsewhere by now.
 
     Returns:
-        An absolute path or an `s3://` URL.
+        An absolute path or the URL of a store.
 
     Raises:
         DataError: There is no readable `images.json`: no such folder, or whoever wrote it did not finish.

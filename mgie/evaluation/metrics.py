@@ -52,12 +52,3 @@ METRICS: Mapping[str, Metric] = {
 
 Inside the mask an edit is compared with the goal, outside with the source. L2 is the mean of squares, as in MagicBrush.
 """
-
-
-# ---- on pixels
-
-
-# ---- on features of length 1
-
-
-# ---- all of them
