@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mgie.config import check_choice
 from mgie.errors import ConfigError
 from mgie.tiny.world.samples import SIDE_PX, Sample, Split, make_sample
 
@@ -73,8 +74,7 @@ def write_layout(
     Raises:
         ConfigError: There is no such layout, or `count` is below 1.
     """
-    if layout not in LAYOUTS:
-        raise ConfigError(f"layout is {layout!r}; it must be one of {', '.join(LAYOUTS)}", param="layout")
+    check_choice("layout", layout, LAYOUTS)
     if count < 1:
         raise ConfigError(f"count is {count}; it must be at least 1", param="count")
     folder.mkdir(parents=True, exist_ok=True)
