@@ -7,7 +7,7 @@ Frozen, keyword-only. Knows no torch and no files; `bundle/` stores `BundleConfi
 import dataclasses
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args
@@ -49,6 +49,12 @@ def check_range(name: str, value: object, low: float, high: float) -> None:
         raise ConfigError(f"{name} is {value!r:.80}; it must be {low} to {high}", param=name)
 
 
+def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
+    """Raises ConfigError naming `name`, the value and what is allowed unless it is one of these."""
+    if value not in (allowed := tuple(allowed)):
+        raise ConfigError(f"{name} is {value!r:.80}; it must be one of {', '.join(allowed)}", param=name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageLimits:
     """What an input image may be; checked before its pixels are decoded."""
@@ -77,8 +83,7 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         check_range("max_new_tokens", self.max_new_tokens, 1, 4096)
         check_range("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, 64)
-        if self.stop not in get_args(StopRule):
-            raise ConfigError(f"stop is {self.stop!r}; it must be one of {get_args(StopRule)}", param="stop")
+        check_choice("stop", self.stop, get_args(StopRule))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +104,7 @@ class EditSettings:
     "make the change to the source's own pixels, instead of scaling the model's picture up"
 
     def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise ConfigError(f"sampler is {self.sampler!r}; it must be one of {', '.join(SAMPLERS)}", param="sampler")
+        check_choice("sampler", self.sampler, SAMPLERS)
         if isinstance(self.steps, bool) or not isinstance(self.steps, int):
             raise ConfigError(f"steps is {self.steps!r}; it must be a whole number", param="steps")
         check_range("steps", self.steps, 1, MAX_STEPS)
@@ -347,15 +351,9 @@ class TrainingConfig:
     augment: AugmentConfig = AugmentConfig()
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("variant", VARIANTS),
-            ("dtype", get_args(ComputeDtype)),
-            ("sharding", get_args(Sharding)),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(
-                    f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}", param=name
-                )
+        check_choice("variant", self.variant, VARIANTS)
+        check_choice("dtype", self.dtype, get_args(ComputeDtype))
+        check_choice("sharding", self.sharding, get_args(Sharding))
         check_range("steps", self.steps, 0, 10**9)
         check_range("global_batch", self.global_batch, 1, 10**6)
         check_range("micro_batch", self.micro_batch, 1, 10**6)

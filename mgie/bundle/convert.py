@@ -47,7 +47,7 @@ from mgie.bundle.devices import DTYPES
 from mgie.bundle.record import PART_CONFIG_FILE, PREPROCESSOR_FILE, SCHEDULER_FILE, read_json
 from mgie.bundle.weights import Report, TensorPlan, Weights, list_misfits, read_weights, write_sharded
 from mgie.bundle.writer import BundleWriter
-from mgie.config import BundleConfig, KeptDtype, Part, Provenance, Sources
+from mgie.config import BundleConfig, KeptDtype, Part, Provenance, Sources, check_choice
 from mgie.errors import BundleError, ConfigError, ConversionError
 from mgie.images.pixels import ClipPixels
 from mgie.model.diffusion import NoiseSchedule, widen_input
@@ -129,8 +129,7 @@ def convert(
         raise ConfigError("num_visual_tokens can be chosen for a fresh MGIE only", param="num_visual_tokens")
     if num_visual_tokens is not None and num_visual_tokens < 1:
         raise ConfigError(f"num_visual_tokens is {num_visual_tokens}; it must be 1 or more", param="num_visual_tokens")
-    if dtype not in ("keep", *DTYPES):
-        raise ConfigError(f"dtype is {dtype!r}; it must be one of keep, {', '.join(DTYPES)}", param="dtype")
+    check_choice("dtype", dtype, ("keep", *DTYPES))
     if dtype == "float16" and sources.summarizer is not None:
         raise ConfigError("dtype is float16; T5 overflows in it: use keep, bfloat16 or float32", param="dtype")
     conversion = _Conversion(dtype=DTYPES.get(dtype), max_shard_bytes=max_shard_bytes, seed=seed)

@@ -2,6 +2,7 @@
 
 import torch
 
+from mgie.config import check_choice
 from mgie.errors import ConfigError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -39,6 +40,5 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
         if device.type != "cuda":
             return torch.float32
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}; it must be one of auto, {', '.join(DTYPES)}", param="dtype")
+    check_choice("dtype", dtype, ("auto", *DTYPES))
     return DTYPES[dtype]

@@ -27,13 +27,7 @@ from mgie.storage.retry import is_absent
 COLUMNS = ("id", "dataset", "split", "session", "source", "goal", "instruction", "expressive")  # of a ledger
 TRAIN_FILE, VALIDATION_FILE = "train.arrow", "validation.arrow"
 _SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.int64()),
-        pa.field("source", pa.string()),
-        pa.field("goal", pa.string()),
-        pa.field("instruction", pa.string()),
-        pa.field("expressive", pa.string()),
-    ]
+    [("id", pa.int64()), *((name, pa.string()) for name in ("source", "goal", "instruction", "expressive"))]
 )
 _BATCH_ROWS = 4096
 _SHOWN = 3

@@ -1,4 +1,4 @@
-"""Caches of what the frozen encoders make of training images: their format, and random access by row id.
+"""Caches of what the frozen encoders make of training images: their format, writing and fetching them (`latent_reader.py` reads).
 
     <folder>/<kind>/cache.json        `CacheStamp`, written last: without it the cache is not finished
     <folder>/<kind>/part-<hash>.bin   rows back to back; a row is its arrays one after the other
@@ -37,7 +37,7 @@ Result = TypeVar("Result")
 STAMP_FILE = "cache.json"
 CACHE_FORMAT = 1
 PREPROCESSING = "published training chain"
-"How images became squares of `image_side_px`: `images.training_pixels`; the vision tower's go through CLIP's on top."
+"How images became squares of `image_side_px`: `geometry.training_pixels`; the vision tower's go through CLIP's on top."
 ROWS_SUFFIX, IDS_SUFFIX = ".bin", ".ids"
 _ID_DTYPE = np.dtype("<i8")
 DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}

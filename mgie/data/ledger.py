@@ -8,14 +8,13 @@ Each is a folder of parquet files. File names that begin with `.` or `_` are not
 
 **Images.** `source`, `goal` and `mask` are URIs relative to one root per folder: plain POSIX paths, not
 percent-encoded, without `..`. The file `images.json` beside the parquet files names the root: an absolute path,
-an `s3://` URL, or a path relative to the folder itself (so that a folder which brings its images can be moved
+the URL of a store, or a path relative to the folder itself (so that a folder which brings its images can be moved
 as a whole). It is written last: a folder without it was not finished. `images_root` reads it, `resolve_uri`
 joins; nothing else in the project puts a root and a URI together.
 
 **Reasons** are text `code: what happened`; the codes are few (`RejectionCode`), so that they can be counted.
 
-Stores are arguments (`pyarrow.fs.FileSystem` and a path in it); opening one from a URL is not done here.
-Knows nothing of data-set layouts, models or Ray.
+Knows nothing of data-set layouts, models or Ray, nor of how a folder is opened.
 """
 
 import hashlib
@@ -57,21 +56,17 @@ IMAGES_FILE = "images.json"
 IMAGES_FORMAT = 1
 READ_BATCH_ROWS = 4096
 
-_MANIFEST_FIELDS = [
-    pa.field("id", pa.int64(), nullable=False),
-    pa.field("dataset", pa.string(), nullable=False),
-    pa.field("split", pa.string(), nullable=False),
-    pa.field("source", pa.string(), nullable=False),
-    pa.field("goal", pa.string(), nullable=False),
-    pa.field("mask", pa.string()),
-    pa.field("instruction", pa.string(), nullable=False),
-    pa.field("source_caption", pa.string()),
-    pa.field("goal_caption", pa.string()),
-    pa.field("turn", pa.int32()),
-    pa.field("session", pa.string()),
-    pa.field("licence", pa.string()),
-    pa.field("provenance", pa.string(), nullable=False),
-]
+
+def _fields(columns: str) -> list[pa.Field]:
+    """Columns of these names and types; `!` after a name: never null."""
+    pairs = (column.split() for column in columns.split(","))
+    return [pa.field(name.rstrip("!"), pa.type_for_alias(kind), nullable="!" not in name) for name, kind in pairs]
+
+
+_MANIFEST_FIELDS = _fields(
+    "id! int64, dataset! string, split! string, source! string, goal! string, mask string, instruction! string,"
+    "source_caption string, goal_caption string, turn int32, session string, licence string, provenance! string"
+)
 
 MANIFEST_SCHEMA = pa.schema(_MANIFEST_FIELDS)
 """
@@ -84,31 +79,17 @@ turn            from 1, in a session of several edits   session         what its
 licence         as given to `prepare`                   provenance      JSON object: where the row comes from
 """
 
-REJECTED_SCHEMA = pa.schema(
-    [*(field.with_nullable(True) for field in _MANIFEST_FIELDS), pa.field("reason", pa.string(), nullable=False)]
-)
+REJECTED_SCHEMA = pa.schema([*(field.with_nullable(True) for field in _MANIFEST_FIELDS), *_fields("reason! string")])
 "What is known of a row that was left out, and `reason`."
 
 LEDGER_SCHEMA = pa.schema(
-    [
-        *_MANIFEST_FIELDS,
-        pa.field("verbose", pa.string()),
-        pa.field("expressive", pa.string()),
-        pa.field("status", pa.string(), nullable=False),
-        pa.field("reason", pa.string()),
-        pa.field("attempt", pa.int32(), nullable=False),
-        pa.field("describe_model", pa.string()),
-        pa.field("describe_revision", pa.string()),
-        pa.field("summarize_model", pa.string()),
-        pa.field("summarize_revision", pa.string()),
-        pa.field("preset", pa.string()),
-        pa.field("describe_prompt_tokens", pa.int32()),
-        pa.field("describe_tokens", pa.int32()),
-        pa.field("summarize_prompt_tokens", pa.int32()),
-        pa.field("summarize_tokens", pa.int32()),
-        pa.field("describe_seconds", pa.float64()),
-        pa.field("summarize_seconds", pa.float64()),
-    ]
+    _MANIFEST_FIELDS
+    + _fields(
+        "verbose string, expressive string, status! string, reason string, attempt! int32, describe_model string,"
+        "describe_revision string, summarize_model string, summarize_revision string, preset string,"
+        "describe_prompt_tokens int32, describe_tokens int32, summarize_prompt_tokens int32, summarize_tokens int32,"
+        "describe_seconds double, summarize_seconds double"
+    )
 )
 """Every manifest column, then
 verbose      what the describing model wrote            expressive   its summary: the expressive instruction
@@ -120,22 +101,10 @@ preset       which prompts and settings
 
 
 EDITS_SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.int64(), nullable=False),
-        pa.field("image", pa.string(), nullable=False),
-        pa.field("instruction", pa.string(), nullable=False),
-        pa.field("given", pa.string()),
-        pa.field("seed", pa.int64(), nullable=False),
-        pa.field("attempt", pa.int32(), nullable=False),
-        pa.field("status", pa.string(), nullable=False),
-        pa.field("reason", pa.string()),
-        pa.field("edited", pa.string()),
-        pa.field("expressive", pa.string()),
-        pa.field("used_fallback", pa.bool_()),
-        pa.field("settings", pa.string()),
-        pa.field("bundle", pa.string()),
-        pa.field("seconds", pa.float64()),
-    ]
+    _fields(
+        "id! int64, image! string, instruction! string, given string, seed! int64, attempt! int32, status! string,"
+        "reason string, edited string, expressive string, used_fallback bool, settings string, bundle string, seconds double"
+    )
 )
 """Bulk edits (`pipelines/edit.py`), one row per edit and attempt:
 id           of the edit: hash of image URI, instruction, given expressive instruction and seed
@@ -175,7 +144,7 @@ def write_images_root(folder: Folder, root: str) -> None:
     """Writes `images.json`; last, when all rows of the folder are there.
 
     Args:
-        root: Absolute path, `s3://` URL, or a path relative to the folder (`..`).
+        root: Absolute path, URL of a store, or a path relative to the folder (`..`).
     """
     text = json.dumps({"format": IMAGES_FORMAT, "root": root}, ensure_ascii=False)
     folder.write(IMAGES_FILE, text.encode() + b"\n")
@@ -188,7 +157,7 @@ def images_root(folder: Folder, *, moved_to: str | None = None) -> str:
         moved_to: What to take instead of what `images.json` says, for images that lie elsewhere by now.
 
     Returns:
-        An absolute path or an `s3://` URL.
+        An absolute path or the URL of a store.
 
     Raises:
         DataError: There is no readable `images.json`: no such folder, or whoever wrote it did not finish.

@@ -37,7 +37,6 @@ from mgie.inference.renderer import RenderRequest
 from mgie.model.batch import Conversations, PixelPair, TrainingBatch, TrainingDraws
 from mgie.model.diffusion import widen_input
 from mgie.model.generation import Generation, Generator, select_states
-from mgie.model.loss import Losses
 from mgie.model.mgie import MGIE
 from mgie.model.mllm import VisionTower
 from mgie.model.prompts import IGNORE, SUMMARIZE, clean_expressive, encode_answered, encode_question, generated_text
@@ -194,6 +193,10 @@ class _Comparison:
         except OSError as error:
             raise ParityError(f"{self.folder} lacks {relative}: {error.strerror}") from error
 
+    def check(self, group: Group, ours: Mapping[str, Tensor], *, relative: bool = True) -> None:
+        for name, tensor in ours.items():
+            group.tensor(name, tensor, self.vectors[name], relative=relative)
+
     def tokenizing(self) -> list[Group]:
         ids = Group("tokenizing", EXACT)
         for token, token_id in self.record["tokenizer"]["ids"].items():
@@ -287,21 +290,17 @@ class _Comparison:
                 crops.tensor(key, ours, recorded, relative=False)
         for i, sample in enumerate(self.samples):
             image = resize(center_square(self.image(sample["image"])), (self.side_px, self.side_px))
-            crops.tensor(f"gen{i}.sd_image", _array(image), self.vectors[f"gen{i}.sd_image"], relative=False)
+            self.check(crops, {f"gen{i}.sd_image": _array(image)}, relative=False)
         return [crops]
 
     def pixels(self) -> list[Group]:
         pixels = Group("pixels", FLOAT_PIXELS)
         for i, sample in enumerate(self.samples):
-            ours = self.clip_pixels([self.image(sample["image"])])[0]
-            pixels.tensor(f"gen{i}.pixel_values", ours, self.vectors[f"gen{i}.pixel_values"], relative=False)
+            seen = self.clip_pixels([self.image(sample["image"])])[0]
+            self.check(pixels, {f"gen{i}.pixel_values": seen}, relative=False)
         words, images = self._batch(self.record["train_samples"])
-        for name, ours in (
-            ("train.pixel_values", cast(Tensor, words.clip_pixels)),
-            ("train.p2p_inp", images.source),
-            ("train.p2p_ans", images.goal),
-        ):
-            pixels.tensor(name, ours, self.vectors[name], relative=False)
+        ours = {"train.pixel_values": cast(Tensor, words.clip_pixels)}
+        self.check(pixels, ours | {"train.p2p_inp": images.source, "train.p2p_ans": images.goal}, relative=False)
         return [pixels]
 
     def _batch(self, samples: list[dict[str, Any]], max_length: int = MAX_LENGTH) -> tuple[Conversations, PixelPair]:
@@ -331,17 +330,18 @@ class _Comparison:
     def training(self) -> list[Group]:
         (words, images), v, mgie = self._batch(self.record["train_samples"]), self.vectors, self.mgie
         ids = Group("training ids, mask and labels", EXACT)
-        ids.tensor("train.input_ids", words.input_ids, v["train.input_ids"], relative=False)
-        ids.tensor("train.attention_mask", words.mask.long(), v["train.attention_mask"], relative=False)
-        ids.tensor("train.labels", words.labels, v["train.labels"], relative=False)
+        self._check_ids(ids, "train", words)
         ids.equal("train_select_index", words.state_starts.tolist(), self.record["train_select_index"])
 
         features = Group("image features and input embeddings", STATES)
         pixels = cast(Tensor, words.clip_pixels)
-        features.tensor("train.clip_features", cast(VisionTower, mgie.mllm.vision)(pixels), v["train.clip_features"])
         projected = mgie.mllm.image_features(pixels)
-        features.tensor("train.projected_features", projected, v["train.projected_features"])
-        features.tensor("train.inputs_embeds", mgie.mllm.embed(words.input_ids, projected), v["train.inputs_embeds"])
+        ours = {
+            "train.clip_features": cast(VisionTower, mgie.mllm.vision)(pixels),
+            "train.projected_features": projected,
+            "train.inputs_embeds": mgie.mllm.embed(words.input_ids, projected),
+        }
+        self.check(features, ours)
 
         hidden = mgie.hidden(words)
         states = Group("hidden states and logits", STATES)
@@ -349,41 +349,37 @@ class _Comparison:
         real = words.mask[..., None]
         states.tensor("train.hidden", hidden * real, v["train.hidden"] * real)
         states.tensor("train.logits", mgie.mllm.logits(hidden) * real, v["train.logits"] * real)
-        selected = gather_states(hidden, words.state_starts, self.num_visual)
-        states.tensor("train.selected_hidden", selected, v["train.selected_hidden"])
+        self.check(states, {"train.selected_hidden": gather_states(hidden, words.state_starts, self.num_visual)})
 
         condition, null_condition = mgie.condition(hidden, words.state_starts)
         edit = Group("edit features", STATES)
         emb = mgie.mllm.visual_embeddings(self.num_visual).expand_as(v["train.emb"])
-        edit.tensor("train.emb", emb, v["train.emb"])
-        edit.tensor("train.edit_features", condition, v["train.edit_features"])
-        edit.tensor("train.null_features", null_condition.expand_as(condition), v["train.null_features"])
-        edit.tensor("gen.null_features", null_condition, v["gen.null_features"])
+        ours = {"train.emb": emb, "train.edit_features": condition, "gen.null_features": null_condition}
+        self.check(edit, ours | {"train.null_features": null_condition.expand_as(condition)})
 
         latents = Group("latents", DEEP)
         mean, logvar = mgie.vae.moments(images.goal)
         goal, source = mgie.latents(images, v["train.posterior_noise"])
         noisy = mgie.schedule.add_noise(goal, v["train.noise"], v["train.timesteps"])
-        for name, ours in (
-            ("train.vae_ans_mean", mean),
-            ("train.vae_ans_logvar", logvar),
-            ("train.lat_ans", goal),
-            ("train.lat_inp", source),
-            ("train.lat_noise", noisy),
-            ("sched.alphas_cumprod", mgie.schedule.abar),
-        ):
-            latents.tensor(name, ours, v[name])
+        ours = {"train.vae_ans_mean": mean, "train.vae_ans_logvar": logvar, "train.lat_ans": goal}
+        ours |= {"train.lat_inp": source, "train.lat_noise": noisy, "sched.alphas_cumprod": mgie.schedule.abar}
+        self.check(latents, ours)
 
         unet = Group("UNet", DEEP)
-        unet.tensor("train.unet_out", mgie.predict(noisy, source, v["train.timesteps"], condition), v["train.unet_out"])
+        self.check(unet, {"train.unet_out": mgie.predict(noisy, source, v["train.timesteps"], condition)})
 
         losses = Group("losses", STATES)
-        self._compare_losses(
-            losses, "train", mgie(TrainingBatch(words=words, images=images), self._draws(v["train.prob_nodrop"]))
-        )
+        self._check_losses(losses, "train", words, images, v["train.prob_nodrop"])
         return [ids, features, states, edit, latents, unet, losses]
 
-    def _compare_losses(self, group: Group, prefix: str, losses: Losses) -> None:
+    def _check_ids(self, group: Group, prefix: str, words: Conversations) -> None:
+        ours = {"input_ids": words.input_ids, "labels": words.labels, "attention_mask": words.mask.long()}
+        self.check(group, {f"{prefix}.{name}": tensor for name, tensor in ours.items()}, relative=False)
+
+    def _check_losses(
+        self, group: Group, prefix: str, words: Conversations, images: PixelPair, dropout_u: Tensor
+    ) -> None:
+        losses = self.mgie(TrainingBatch(words=words, images=images), self._draws(dropout_u))
         for name, ours in (("loss_ce", losses.instruction), ("loss_edit", losses.edit), ("loss", losses.total)):
             if (recorded := self.vectors.get(f"{prefix}.{name}")) is not None:
                 group.tensor(f"{prefix}.{name}", ours, recorded)
@@ -416,12 +412,9 @@ class _Comparison:
         group = Group("condition dropout", DEEP)
         unet = self.mgie.unet
         with _recorded_inputs(unet) as seen:
-            self._compare_losses(
-                group, "drop", self.mgie(TrainingBatch(words=words, images=images), self._draws(v["drop.prob"]))
-            )
-        group.tensor("drop.unet_in", seen["sample"], v["drop.unet_in"])
-        group.tensor("drop.text", seen["condition"], v["drop.text"])
-        group.tensor("drop.unet_out", seen["output"], v["drop.unet_out"])
+            self._check_losses(group, "drop", words, images, v["drop.prob"])
+        names = {"sample": "drop.unet_in", "condition": "drop.text", "output": "drop.unet_out"}
+        self.check(group, {name: seen[ours] for ours, name in names.items()})
         boundaries = self.record["dropout_boundaries"]
         u = torch.tensor(boundaries["prob"], dtype=torch.float32)
         with _recorded_inputs(unet) as seen:
@@ -438,27 +431,18 @@ class _Comparison:
     def edge(self) -> list[Group]:
         edge, v = self.record["edge_samples"], self.vectors
         words, images = self._batch(edge["samples"], max_length=edge["model_max_length"])
-        ids, numbers = (
-            Group("edge batch: ids and selection", EXACT),
-            Group("edge batch: states, features, losses", STATES),
-        )
-        ids.tensor("edge.input_ids", words.input_ids, v["edge.input_ids"], relative=False)
-        ids.tensor("edge.labels", words.labels, v["edge.labels"], relative=False)
-        ids.tensor("edge.attention_mask", words.mask.long(), v["edge.attention_mask"], relative=False)
+        ids = Group("edge batch: ids and selection", EXACT)
+        numbers = Group("edge batch: states, features, losses", STATES)
+        self._check_ids(ids, "edge", words)
         ids.equal("select_index", words.state_starts.tolist(), edge["select_index"])
         hidden, real = self.mgie.hidden(words), words.mask[..., None]
         numbers.tensor("edge.hidden", hidden * real, v["edge.hidden"] * real)
-        numbers.tensor(
-            "edge.selected_hidden",
-            gather_states(hidden, words.state_starts, self.num_visual),
-            v["edge.selected_hidden"],
-        )
-        numbers.tensor(
-            "edge.edit_features", self.mgie.condition(hidden, words.state_starts)[0], v["edge.edit_features"]
-        )
-        self._compare_losses(
-            numbers, "edge", self.mgie(TrainingBatch(words=words, images=images), self._draws(v["train.prob_nodrop"]))
-        )
+        ours = {
+            "edge.selected_hidden": gather_states(hidden, words.state_starts, self.num_visual),
+            "edge.edit_features": self.mgie.condition(hidden, words.state_starts)[0],
+        }
+        self.check(numbers, ours)
+        self._check_losses(numbers, "edge", words, images, v["train.prob_nodrop"])
         return [ids, numbers]
 
     def widening(self) -> list[Group]:
@@ -468,10 +452,9 @@ class _Comparison:
         unet.conv_in = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[-1], padding=1)
         unet.conv_in.weight.data, unet.conv_in.bias.data = weight.clone(), v["init.conv_in_4ch.bias"].clone()
         widened = widen_input(unet, v["init.conv_in_8ch.weight"].shape[1]).conv_in
-        group.tensor("init.conv_in_8ch.weight", widened.weight, v["init.conv_in_8ch.weight"], relative=False)
-        group.tensor(
-            "bias (copied; the original leaves it random)", widened.bias, v["init.conv_in_4ch.bias"], relative=False
-        )
+        self.check(group, {"init.conv_in_8ch.weight": widened.weight}, relative=False)
+        name = "bias (copied; the original leaves it random)"
+        group.tensor(name, widened.bias, v["init.conv_in_4ch.bias"], relative=False)
         return [group]
 
     def generation(self) -> list[Group]:
@@ -490,17 +473,14 @@ class _Comparison:
             ids.equal(f"gen{i}.output_ids", row.ids, v[f"gen{i}.output_ids"].tolist())
             ids.equal(f"gen{i}: position of [IMG0]", row.visual_start, sample["img0_position"])
             ids.equal(f"gen{i}: ended", row.output_ids[-1] == self.tokenizer.eos_id, sample["ended_with_eos"])
-            states.tensor(f"gen{i}.hidden", row.hidden, v[f"gen{i}.hidden"])
-            states.tensor(f"gen{i}.selected_hidden", select_states(row, self.num_visual), v[f"gen{i}.selected_hidden"])
+            selected = select_states(row, self.num_visual)
+            self.check(states, {f"gen{i}.hidden": row.hidden, f"gen{i}.selected_hidden": selected})
             start = select_start(len(row.hidden), row.visual_start, self.num_visual, complete=not row.ended_early)
             selection.equal(f"gen{i}: p", start, sample["p"])
         for config in (to_eos, early):
             for i, edit_condition in enumerate(self.conditioner.derive(requests, config)):
-                edit.tensor(
-                    f"gen{i}.edit_features, stop {config.stop}",
-                    edit_condition.condition[None],
-                    v[f"gen{i}.edit_features"],
-                )
+                name = f"gen{i}.edit_features, stop {config.stop}"
+                edit.tensor(name, edit_condition.condition[None], v[f"gen{i}.edit_features"])
         return [ids, states, selection, edit]
 
     def _generate(self, config: GenerationConfig) -> list[Generation]:
@@ -522,8 +502,7 @@ class _Comparison:
         )
         schedule = Group("noise schedule", STATES)
         made = make_schedule(self.bundle.scheduler_config(), settings.sampler, settings.steps)
-        schedule.tensor("gen.scheduler_timesteps", torch.tensor(made.timesteps), v["gen.scheduler_timesteps"])
-        schedule.tensor("gen.scheduler_sigmas", torch.tensor(made.sigmas), v["gen.scheduler_sigmas"])
+        self.check(schedule, {f"gen.scheduler_{n}": torch.tensor(getattr(made, n)) for n in ("timesteps", "sigmas")})
         draws, steps = Group("noise draws", EXACT), Group("sampling trajectory", DEEP)
         unet, image = Group("guided UNet input and output", DEEP), Group("final image", FINAL_IMAGE)
         edit_conditions = self.conditioner.derive(
@@ -538,13 +517,12 @@ class _Comparison:
             # Recorded images are of the working size already, whichever the bundle works at.
             framing = Framing(source_wh=source.size, work_wh=source.size, square_crop=False)
             state = renderer.start(renderer.prepare(request, framing), request.seed)
-            steps.tensor(f"gen{i}.image_latents", state.image_latents[None], v[f"gen{i}.image_latents"])
-            draws.tensor(f"gen{i}.init_latents", state.latents[None], v[f"gen{i}.init_latents"], relative=False)
+            self.check(steps, {f"gen{i}.image_latents": state.image_latents[None]})
+            self.check(draws, {f"gen{i}.init_latents": state.latents[None]}, relative=False)
             stream = torch.Generator().set_state(state.generator.get_state())
             for k, noise in enumerate(v[f"gen{i}.step_noise"]):
-                draws.tensor(
-                    f"gen{i}.step_noise {k}", torch.randn(noise.shape, generator=stream), noise, relative=False
-                )
+                drawn = torch.randn(noise.shape, generator=stream)
+                draws.tensor(f"gen{i}.step_noise {k}", drawn, noise, relative=False)
             calls: list[tuple[Tensor, Tensor]] = []
 
             def denoiser(latents: Tensor, timesteps: Tensor, condition: Tensor, calls: list[Any] = calls) -> Tensor:
@@ -555,10 +533,9 @@ class _Comparison:
             for k, latents in enumerate(v[f"gen{i}.step_latents"]):
                 denoise_step(denoiser, [state])
                 steps.tensor(f"gen{i}.step_latents {k}", state.latents[None], latents)
-            unet.tensor(f"gen{i}.unet_in_step0", calls[0][0], v[f"gen{i}.unet_in_step0"])
-            unet.tensor(f"gen{i}.unet_out_step0", calls[0][1], v[f"gen{i}.unet_out_step0"])
+            self.check(unet, {f"gen{i}.unet_in_step0": calls[0][0], f"gen{i}.unet_out_step0": calls[0][1]})
             pixels = (renderer.vae.decode(state.latents[None])[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0)
-            image.tensor(f"gen{i}.image", pixels, v[f"gen{i}.image"], relative=False)
+            self.check(image, {f"gen{i}.image": pixels}, relative=False)
         return [schedule, draws, unet, steps, image]
 
 

@@ -25,7 +25,7 @@ class Conversations:
     num_shared: int
     "tokens before the image that all rows begin with"
     state_starts: Int[Tensor, " B"]
-    "first of the N states for the edit head, see `generation.select_start`"
+    "first of the N states for the edit head, see `visual_states.select_start`"
     clip_pixels: Float[Tensor, "B 3 S S"] | None = None
     "CLIP-normalised; None for an LLM without eyes, or with `features`"
     features: Float[Tensor, "B P d"] | None = None

@@ -6,6 +6,8 @@ Credentials are found by either library as AWS tools find them: environment, pro
 import os
 from dataclasses import dataclass
 
+from mgie.errors import ConfigError
+
 ATTEMPTS = 10  # with 5 % of requests failing, one read in 10^13 fails for good
 
 
@@ -29,13 +31,17 @@ def s3_settings(endpoint: str | None = None, *, attempts: int | None = None) -> 
     Args:
         endpoint: Its address; None = AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, else Amazon's.
         attempts: None = AWS_MAX_ATTEMPTS, else 10.
+
+    Raises:
+        ConfigError: AWS_MAX_ATTEMPTS is no whole number above 0.
     """
     endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if endpoint and not region:
         region = "us-east-1"  # stores that are not Amazon's accept it; without one the SDK asks Amazon
-    return S3Settings(
-        endpoint=endpoint,
-        region=region,
-        attempts=attempts or int(os.environ.get("AWS_MAX_ATTEMPTS") or ATTEMPTS),
-    )
+    if attempts is None:
+        given = os.environ.get("AWS_MAX_ATTEMPTS") or str(ATTEMPTS)
+        if not given.isdecimal() or int(given) < 1:
+            raise ConfigError(f"AWS_MAX_ATTEMPTS is {given!r}; it must be a whole number above 0")
+        attempts = int(given)
+    return S3Settings(endpoint=endpoint, region=region, attempts=attempts)

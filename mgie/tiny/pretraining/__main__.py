@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -27,7 +28,6 @@ from mgie.tiny.world import write_layout
 _SEED = 5  # of the world
 _NUM_SAMPLES = 40_000
 _NUM_MERGES, _NUM_PIECES = 1500, 2000
-_STATE, _LOG = "state.safetensors", "log.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +82,10 @@ def _corpus(config: StageConfig, folder: Path | None) -> Corpus:
     return Corpus(_given(folder), num_samples(config.share), seed=_SEED)
 
 
-def _loop(config: StageConfig, loop: LoopConfig) -> LoopConfig:
-    return dataclasses.replace(loop, steps=max(1, round(loop.steps * config.share)))
+def _learning(config: StageConfig, loop: LoopConfig) -> dict[str, Any]:
+    """How a stage learns, and where it keeps what is needed to go on."""
+    loop = dataclasses.replace(loop, steps=max(1, round(loop.steps * config.share)))
+    return {"state_file": config.out / "state.safetensors", "loop": loop, "log": config.out / "log.jsonl"}
 
 
 def _texts(corpus: Corpus) -> Iterator[str]:
@@ -92,31 +94,15 @@ def _texts(corpus: Corpus) -> Iterator[str]:
         yield from dataclasses.astuple(words)
 
 
-def _make_corpus(config: StageConfig) -> None:
-    _corpus(config, config.out).make(num_processes=config.processes)
-
-
-def _make_raw(config: StageConfig) -> None:
-    write_layout("parquet", config.out, num_samples(config.share), seed=_SEED)
-
-
-def _make_test_raw(config: StageConfig) -> None:
-    write_layout("parquet", config.out, config.rows, seed=_SEED, split="test")
-
-
 def _learn_vae(config: StageConfig) -> None:
-    model = vae.learn_vae(
-        _corpus(config, config.corpus), config.out / _STATE, loop=_loop(config, vae.LOOP), log=config.out / _LOG
-    )
+    model = vae.learn_vae(_corpus(config, config.corpus), **_learning(config, vae.LOOP))
     model.save_pretrained(config.out / "vae")
 
 
 def _learn_clip(config: StageConfig) -> None:
     corpus = _corpus(config, config.corpus)
     tokenizer = clip_tokenizer(_texts(corpus), _NUM_MERGES)
-    model = clip.learn_clip(
-        corpus, tokenizer, config.out / _STATE, loop=_loop(config, clip.LOOP), log=config.out / _LOG
-    )
+    model = clip.learn_clip(corpus, tokenizer, **_learning(config, clip.LOOP))
     model.save_pretrained(config.out / "clip")
     tokenizer.save_pretrained(config.out / "clip")
 
@@ -124,19 +110,14 @@ def _learn_clip(config: StageConfig) -> None:
 def _learn_llava(config: StageConfig) -> None:
     corpus = _corpus(config, config.corpus)
     tokenizer = llama_tokenizer(_texts(corpus), _NUM_PIECES)
-    model = llava.learn_llava(
-        corpus, tokenizer, _load_clip(config), config.out / _STATE,
-        loop=_loop(config, llava.LOOP), log=config.out / _LOG,
-    )  # fmt: skip
+    model = llava.learn_llava(corpus, tokenizer, _load_clip(config), **_learning(config, llava.LOOP))
     editor.write_llava(config.out / "bundle", llava=model, tokenizer=tokenizer)
 
 
 def _learn_summarizer(config: StageConfig) -> None:
     corpus = _corpus(config, config.corpus)
     tokenizer = t5_tokenizer(_texts(corpus), _NUM_PIECES, config.out, character_coverage=1.0)
-    model = summarizer.learn_summarizer(
-        corpus, tokenizer, config.out / _STATE, loop=_loop(config, summarizer.LOOP), log=config.out / _LOG
-    )
+    model = summarizer.learn_summarizer(corpus, tokenizer, **_learning(config, summarizer.LOOP))
     editor.write_summarizer(config.out / "bundle", model=model, tokenizer=tokenizer)
 
 
@@ -154,8 +135,7 @@ def _start_mgie(config: StageConfig) -> None:
     text_tokenizer, text_encoder = ip2p.load_text_encoder()
     head.learn_head(
         _corpus(config, config.corpus), llava=model, tokenizer=tokenizer, head=edit_head, text_encoder=text_encoder,
-        text_tokenizer=text_tokenizer, state_file=config.out / _STATE, loop=_loop(config, head.LOOP),
-        log=config.out / _LOG,
+        text_tokenizer=text_tokenizer, **_learning(config, head.LOOP),
     )  # fmt: skip
     editor.write_mgie(
         config.out / "bundle", llava=model, tokenizer=tokenizer, head=edit_head, vae=_load_vae(config),
@@ -179,14 +159,6 @@ def _take_vae(config: StageConfig) -> None:
     shutil.rmtree(config.out / "bundle")
 
 
-def _take_llava(config: StageConfig) -> None:
-    _take(config, "tiny-llava")
-
-
-def _take_summarizer(config: StageConfig) -> None:
-    _take(config, "tiny-summarizer")
-
-
 def _take(config: StageConfig, name: ShippedName) -> None:
     shutil.rmtree(config.out / "bundle", ignore_errors=True)
     unpack(shipped_folder(), name, config.out / "bundle")
@@ -201,9 +173,9 @@ def _load_vae(config: StageConfig) -> AutoencoderKL:
 
 
 _STAGES: dict[str, Callable[[StageConfig], None]] = {
-    "corpus": _make_corpus,
-    "raw": _make_raw,
-    "test-raw": _make_test_raw,
+    "corpus": lambda config: _corpus(config, config.out).make(num_processes=config.processes),
+    "raw": lambda config: write_layout("parquet", config.out, num_samples(config.share), seed=_SEED),
+    "test-raw": lambda config: write_layout("parquet", config.out, config.rows, seed=_SEED, split="test"),
     "vae": _learn_vae,
     "clip": _learn_clip,
     "llava": _learn_llava,
@@ -212,8 +184,8 @@ _STAGES: dict[str, Callable[[StageConfig], None]] = {
     "mgie-start": _start_mgie,
     "pack": _pack,
     "shipped-vae": _take_vae,
-    "shipped-llava": _take_llava,
-    "shipped-summarizer": _take_summarizer,
+    "shipped-llava": lambda config: _take(config, "tiny-llava"),
+    "shipped-summarizer": lambda config: _take(config, "tiny-summarizer"),
 }
 
 if __name__ == "__main__":

@@ -88,6 +88,6 @@ def encode(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
 
 
 def clip_batch(pictures: npt.NDArray[np.uint8]) -> Float[Tensor, "B 3 S S"]:
-    """CLIP-normalised pixels of [B, S, S, 3], S = `IMAGE_SIDE_PX`: as `images.ClipPixels` makes them of such pictures."""
+    """CLIP-normalised pixels of [B, S, S, 3], S = `IMAGE_SIDE_PX`: as `pixels.ClipPixels` makes them of such pictures."""
     mean, std = (torch.tensor(clip_pixels(IMAGE_SIDE_PX)[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))
     return (torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255 - mean) / std

@@ -6,7 +6,7 @@
     edits.py         what each change makes of a scene                operations.py   how each is sampled
     ambiguities.py   edits that words leave open
     nouns.py         what things are called; captions                 wordings.py how people ask (+ wordings.txt)
-    instructions.py  the user's words                                 answers.py  verbose and expressive texts
+    instructions.py  the user's words                                 answers.py  verbose and expressive texts (+ answers.txt)
     samples.py       one sample by seed, split and number             checker.py  the object check
     layouts.py       raw data sets in every layout that is read
 

@@ -7,6 +7,7 @@ of wordings.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from numpy.random import Generator
 
@@ -29,7 +30,7 @@ from mgie.tiny.world.edits import (
 )
 from mgie.tiny.world.filters import Filter
 from mgie.tiny.world.nouns import reference
-from mgie.tiny.world.operations import sample_picture, some_thing
+from mgie.tiny.world.operations import SPOILS, sample_picture, some_thing
 from mgie.tiny.world.photos import sample_photo
 from mgie.tiny.world.scene import (
     FRONT_KINDS,
@@ -64,24 +65,9 @@ def _only_front(rng: Generator, wish: Wish | None = None) -> tuple[Scene, Thing]
     return (scene, front[0]) if len(front) == 1 else None
 
 
-def _remove_it(rng: Generator) -> Edit | None:
+def _change_it(rng: Generator, change: Callable[[Generator, Scene, Thing], Edit | None]) -> Edit | None:
     found = _only_front(rng)
-    return removed(rng, *found) if found else None
-
-
-def _larger(rng: Generator) -> Edit | None:
-    found = _only_front(rng)
-    return resized(rng, *found, is_larger=True) if found else None
-
-
-def _smaller(rng: Generator) -> Edit | None:
-    found = _only_front(rng)
-    return resized(rng, *found, is_larger=False) if found else None
-
-
-def _one_more(rng: Generator) -> Edit | None:
-    found = _only_front(rng)
-    return duplicated(rng, *found) if found else None
+    return change(rng, *found) if found else None
 
 
 def _other_side(rng: Generator) -> Edit | None:
@@ -145,35 +131,19 @@ def _odd_one(rng: Generator) -> Edit | None:
     return removed(rng, scene, scene.of(odd)[0])
 
 
-def _swap_them(rng: Generator) -> Edit | None:
+def _swap(rng: Generator, swap: Callable[[Generator, Scene, Thing, Thing], Edit | None]) -> Edit | None:
     scene = sample_scene(rng, Wish(num_front=2))
     front = scene.in_row("front")
-    return swapped_places(rng, scene, *front) if len(front) == 2 else None
+    return swap(rng, scene, *front) if len(front) == 2 else None
 
 
-def _swap_their_colors(rng: Generator) -> Edit | None:
-    scene = sample_scene(rng, Wish(num_front=2))
-    front = scene.in_row("front")
-    return swapped_colors(rng, scene, *front) if len(front) == 2 else None
-
-
-def _sample_one_light(rng: Generator, *, is_lit: bool) -> tuple[Scene, Kind] | None:
-    """A scene in which the lights of one kind can be meant; all others are absent or already as wanted."""
+def _switch_it(rng: Generator, *, is_lit: bool) -> Edit | None:
+    """The lights of one kind: all others are absent or already as wanted."""
     kinds: tuple[Kind, ...] = ("house", "lamp", "car")
     kind = pick(rng, kinds, (0.3, 0.4, 0.3))
     scene = sample_scene(rng, Wish(time=pick(rng, ("dusk", "night")), needs=(kind,)))
     scene = lit(lit(scene, is_lit=is_lit, kinds=kinds), is_lit=not is_lit, kinds=(kind,))
-    return scene, kind
-
-
-def _turn_on(rng: Generator) -> Edit | None:
-    found = _sample_one_light(rng, is_lit=True)
-    return switched(found[0], (found[1],), is_lit=True) if found else None
-
-
-def _turn_off(rng: Generator) -> Edit | None:
-    found = _sample_one_light(rng, is_lit=False)
-    return switched(found[0], (found[1],), is_lit=False) if found else None
+    return switched(scene, (kind,), is_lit=is_lit)
 
 
 def _toggle_lights(rng: Generator) -> Edit | None:
@@ -216,27 +186,14 @@ def _seasons_on(rng: Generator, steps: int) -> Edit | None:
     return seasoned(scene, _SEASONS_IN_ORDER[(_SEASONS_IN_ORDER.index(scene.season) + steps) % 4])
 
 
-def _half_a_year(rng: Generator) -> Edit | None:
-    return _seasons_on(rng, 2)
-
-
-def _next_season(rng: Generator) -> Edit | None:
-    return _seasons_on(rng, 1)
-
-
 def _half_a_day(rng: Generator) -> Edit | None:
     scene = sample_scene(rng, Wish(time=pick(rng, ("day", "night"))))
     return timed(scene, "night" if scene.time == "day" else "day")
 
 
-def _fix_light(rng: Generator) -> Edit:
-    spoil = pick(rng, (Filter("darker", 1.1), Filter("brighter", 1.2)))
-    return mended(sample_picture(rng, photo_share=0.4), "fix_light", spoil)
-
-
-def _fix_colors(rng: Generator) -> Edit:
-    spoil = pick(rng, (Filter("warmer", 1.1), Filter("cooler", 1.1), Filter("less_saturation", 1.2)))
-    return mended(sample_picture(rng, photo_share=0.4), "fix_colors", spoil)
+def _mend(rng: Generator, name: str) -> Edit:
+    spoil = pick(rng, SPOILS[name])
+    return mended(sample_picture(rng, photo_share=0.4), name, spoil)
 
 
 def _the_door(rng: Generator) -> Edit | None:
@@ -255,26 +212,26 @@ def sample_ambiguous(rng: Generator, name: str) -> Edit | None:
 
 
 AMBIGUITIES: dict[str, Ambiguity] = {
-    "remove_it": Ambiguity(1.3, _remove_it),
-    "larger": Ambiguity(0.5, _larger),
-    "smaller": Ambiguity(0.5, _smaller),
-    "one_more": Ambiguity(0.7, _one_more),
+    "remove_it": Ambiguity(1.3, partial(_change_it, change=removed)),
+    "larger": Ambiguity(0.5, partial(_change_it, change=partial(resized, is_larger=True))),
+    "smaller": Ambiguity(0.5, partial(_change_it, change=partial(resized, is_larger=False))),
+    "one_more": Ambiguity(0.7, partial(_change_it, change=duplicated)),
     "other_side": Ambiguity(0.9, _other_side),
     "match_house": Ambiguity(1.5, _match_house),
     "match_other": Ambiguity(1.1, _match_other),
     "other_color": Ambiguity(0.9, _other_color),
     "odd_one": Ambiguity(0.7, _odd_one),
-    "swap_them": Ambiguity(0.5, _swap_them),
-    "swap_their_colors": Ambiguity(0.5, _swap_their_colors),
-    "turn_on": Ambiguity(0.9, _turn_on),
-    "turn_off": Ambiguity(0.9, _turn_off),
+    "swap_them": Ambiguity(0.5, partial(_swap, swap=swapped_places)),
+    "swap_their_colors": Ambiguity(0.5, partial(_swap, swap=swapped_colors)),
+    "turn_on": Ambiguity(0.9, partial(_switch_it, is_lit=True)),
+    "turn_off": Ambiguity(0.9, partial(_switch_it, is_lit=False)),
     "toggle_lights": Ambiguity(0.6, _toggle_lights),
     "cosy": Ambiguity(1.0, _cosy),
     "fix_weather": Ambiguity(0.7, _fix_weather),
-    "half_a_year": Ambiguity(0.6, _half_a_year),
-    "next_season": Ambiguity(0.5, _next_season),
+    "half_a_year": Ambiguity(0.6, partial(_seasons_on, steps=2)),
+    "next_season": Ambiguity(0.5, partial(_seasons_on, steps=1)),
     "half_a_day": Ambiguity(0.6, _half_a_day),
-    "fix_light": Ambiguity(0.7, _fix_light),
-    "fix_colors": Ambiguity(0.7, _fix_colors),
+    "fix_light": Ambiguity(0.7, partial(_mend, name="fix_light")),
+    "fix_colors": Ambiguity(0.7, partial(_mend, name="fix_colors")),
     "the_door": Ambiguity(0.4, _the_door),
 }

@@ -5,10 +5,12 @@ which of captions, masks and splits there are, is the layout's. Knows nothing of
 """
 
 import base64
+import contextlib
 import io
+import itertools
 import json
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mgie.config import check_choice
 from mgie.errors import ConfigError
 from mgie.tiny.world.samples import SIDE_PX, Sample, Split, make_sample
 
@@ -23,6 +26,7 @@ _QUALITY = 95
 _ROWS_PER_GROUP = 100
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _Rows = Iterator["_Row"]
+_Writer = Callable[[Path, _Rows, Split], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +74,7 @@ def write_layout(
     Raises:
         ConfigError: There is no such layout, or `count` is below 1.
     """
-    if layout not in LAYOUTS:
-        raise ConfigError(f"layout is {layout!r}; it must be one of {', '.join(LAYOUTS)}", param="layout")
+    check_choice("layout", layout, LAYOUTS)
     if count < 1:
         raise ConfigError(f"count is {count}; it must be at least 1", param="count")
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,95 +115,89 @@ def _ipr2pr(folder: Path, rows: _Rows, split: Split) -> None:  # noqa: ARG001
     _dump(folder / "seeds.json", seeds)
 
 
-def _write_parquet(path: Path, rows: _Rows, make: Callable[[_Row], dict[str, Any]], images: tuple[str, ...]) -> None:
-    """Rows as dictionaries, a row group at a time; `images` are cells of bytes and path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer: pq.ParquetWriter | None = None
-    waiting: list[dict[str, Any]] = []
-    last = False
-    while not last:
-        row = next(rows, None)
-        last = row is None
-        if row is not None:
-            waiting.append(make(row))
-        if waiting and (last or len(waiting) == _ROWS_PER_GROUP):
-            columns = {
-                name: pa.array([one[name] for one in waiting], _IMAGE if name in images else None)
-                for name in waiting[0]
-            }
-            table = pa.table(columns)
-            writer = writer or pq.ParquetWriter(path, table.schema)
-            writer.write_table(table)
-            waiting = []
-    if writer is not None:
-        writer.close()
+def _parquet(path: str, make: Callable[[_Row], dict[str, Any]], *, val: str = "val") -> _Writer:
+    """A layout of one parquet file, written a row group at a time; `{split}` in its path is filled in.
+
+    Args:
+        val: Name of the validation split.
+    """
+
+    def write(folder: Path, rows: _Rows, split: Split) -> None:
+        file = folder / path.format(split=val if split == "val" else split)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            writer: pq.ParquetWriter | None = None
+            while group := list(itertools.islice(rows, _ROWS_PER_GROUP)):
+                table = _table([make(row) for row in group])
+                if writer is None:
+                    writer = stack.enter_context(pq.ParquetWriter(file, table.schema))
+                writer.write_table(table)
+
+    return write
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> pa.Table:
+    """Columns of these rows; what `_cell` makes is of the hub's type for images."""
+    images = {name for name, value in rows[0].items() if isinstance(value, dict) and value.keys() == {"bytes", "path"}}
+    return pa.table(
+        {name: pa.array([row[name] for row in rows], _IMAGE if name in images else None) for name in rows[0]}
+    )
 
 
 def _cell(data: bytes, name: str) -> dict[str, Any]:
     return {"bytes": data, "path": name}
 
 
-def _instructpix2pix(folder: Path, rows: _Rows, split: Split) -> None:
-    def make(row: _Row) -> dict[str, Any]:
-        return {
-            "original_prompt": row.sample.source_caption,
-            "original_image": _cell(row.source, f"{row.name}_0.jpg"),
-            "edit_prompt": row.sample.instruction,
-            "edited_prompt": row.sample.goal_caption,
-            "edited_image": _cell(row.goal, f"{row.name}_1.jpg"),
-        }
-
-    path = folder / "data" / f"{split}-00000-of-00001-world.parquet"
-    _write_parquet(path, rows, make, ("original_image", "edited_image"))
+def _instructpix2pix(row: _Row) -> dict[str, Any]:
+    return {
+        "original_prompt": row.sample.source_caption,
+        "original_image": _cell(row.source, f"{row.name}_0.jpg"),
+        "edit_prompt": row.sample.instruction,
+        "edited_prompt": row.sample.goal_caption,
+        "edited_image": _cell(row.goal, f"{row.name}_1.jpg"),
+    }
 
 
-def _magicbrush(folder: Path, rows: _Rows, split: Split) -> None:
-    def make(row: _Row) -> dict[str, Any]:
-        return {
-            "img_id": str(row.number),
-            "turn_index": 1,
-            "source_img": _cell(row.source, f"{row.name}-input.png"),
-            "mask_img": _cell(row.mask, f"{row.name}-mask1.png"),
-            "instruction": row.sample.instruction,
-            "target_img": _cell(row.goal, f"{row.name}-output1.png"),
-        }
-
-    name = "dev" if split == "val" else split
-    path = folder / "data" / f"{name}-00000-of-00001.parquet"
-    _write_parquet(path, rows, make, ("source_img", "mask_img", "target_img"))
+def _magicbrush(row: _Row) -> dict[str, Any]:
+    return {
+        "img_id": str(row.number),
+        "turn_index": 1,
+        "source_img": _cell(row.source, f"{row.name}-input.png"),
+        "mask_img": _cell(row.mask, f"{row.name}-mask1.png"),
+        "instruction": row.sample.instruction,
+        "target_img": _cell(row.goal, f"{row.name}-output1.png"),
+    }
 
 
-def _ultraedit(folder: Path, rows: _Rows, split: Split) -> None:  # noqa: ARG001
-    def make(row: _Row) -> dict[str, Any]:
-        return {
-            "clip_sim_source": 0.0,
-            "ssim": 0.0,
-            "source_caption": row.sample.source_caption,
-            "target_caption": row.sample.goal_caption,
-            "idx": row.number,
-            "edit_prompt": row.sample.instruction,
-            "edit_object": row.sample.edit.slots.get("name", "NONE"),
-            "source_image": _cell(row.source, f"{row.name}_0.jpg"),
-            "edited_image": _cell(row.goal, f"{row.name}_1.jpg"),
-            "mask_image": _cell(row.mask, f"{row.name}_m.png"),
-        }
-
-    path = folder / "FreeForm_0-00000-of-00001.parquet"
-    _write_parquet(path, rows, make, ("source_image", "edited_image", "mask_image"))
+def _ultraedit(row: _Row) -> dict[str, Any]:
+    return {
+        "clip_sim_source": 0.0,
+        "ssim": 0.0,
+        "source_caption": row.sample.source_caption,
+        "target_caption": row.sample.goal_caption,
+        "idx": row.number,
+        "edit_prompt": row.sample.instruction,
+        "edit_object": row.sample.edit.slots.get("name", "NONE"),
+        "source_image": _cell(row.source, f"{row.name}_0.jpg"),
+        "edited_image": _cell(row.goal, f"{row.name}_1.jpg"),
+        "mask_image": _cell(row.mask, f"{row.name}_m.png"),
+    }
 
 
-def _hq_edit(folder: Path, rows: _Rows, split: Split) -> None:
-    def make(row: _Row) -> dict[str, Any]:
-        return {
-            "input": row.sample.source_caption,
-            "input_image": _cell(row.source, f"{row.name}_0.jpg"),
-            "edit": row.sample.instruction,
-            "inverse_edit": f"undo this: {row.sample.expressive}",
-            "output": row.sample.goal_caption,
-            "output_image": _cell(row.goal, f"{row.name}_1.jpg"),
-        }
+def _hq_edit(row: _Row) -> dict[str, Any]:
+    return {
+        "input": row.sample.source_caption,
+        "input_image": _cell(row.source, f"{row.name}_0.jpg"),
+        "edit": row.sample.instruction,
+        "inverse_edit": f"undo this: {row.sample.expressive}",
+        "output": row.sample.goal_caption,
+        "output_image": _cell(row.goal, f"{row.name}_1.jpg"),
+    }
 
-    _write_parquet(folder / "data" / f"{split}-00000-of-00001.parquet", rows, make, ("input_image", "output_image"))
+
+def _own(row: _Row) -> dict[str, Any]:
+    pictures = {"source": row.source, "goal": row.goal, "mask": row.mask}
+    return {**{key: _cell(data, f"{row.name}_{key}") for key, data in pictures.items()}, **row.facts()}
 
 
 def _write_pictures(folder: Path, rows: _Rows) -> Iterator[tuple[_Row, str, str]]:
@@ -271,14 +268,6 @@ def _mgie(folder: Path, rows: _Rows, split: Split) -> None:  # noqa: ARG001
     _dump(folder / "ipr2pr_expressive.json", expressive)
 
 
-def _parquet(folder: Path, rows: _Rows, split: Split) -> None:
-    def make(row: _Row) -> dict[str, Any]:
-        pictures = {"source": row.source, "goal": row.goal, "mask": row.mask}
-        return {**{key: _cell(data, f"{row.name}_{key}") for key, data in pictures.items()}, **row.facts()}
-
-    _write_parquet(folder / f"{split}.parquet", rows, make, ("source", "goal", "mask"))
-
-
 def _jsonl(folder: Path, rows: _Rows, split: Split) -> None:
     with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as lines:
         for row, before, after in _write_pictures(folder / "images", rows):
@@ -304,18 +293,18 @@ def _dump(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
-LAYOUTS: dict[str, Callable[[Path, _Rows, Split], None]] = {
+LAYOUTS: dict[str, _Writer] = {
     "ipr2pr": _ipr2pr,
-    "instructpix2pix": _instructpix2pix,
-    "magicbrush": _magicbrush,
+    "instructpix2pix": _parquet("data/{split}-00000-of-00001-world.parquet", _instructpix2pix),
+    "magicbrush": _parquet("data/{split}-00000-of-00001.parquet", _magicbrush, val="dev"),
     "magicbrush-test": _magicbrush_test,
-    "ultraedit": _ultraedit,
-    "hq-edit": _hq_edit,
+    "ultraedit": _parquet("FreeForm_0-00000-of-00001.parquet", _ultraedit),
+    "hq-edit": _parquet("data/{split}-00000-of-00001.parquet", _hq_edit),
     "gier": _gier,
     "ma5k": _ma5k,
     "evr": _evr,
     "mgie": _mgie,
-    "parquet": _parquet,
+    "parquet": _parquet("{split}.parquet", _own),
     "jsonl": _jsonl,
     "webdataset": _webdataset,
 }

@@ -5,25 +5,9 @@ from collections import Counter
 from numpy.random import Generator
 
 from mgie.tiny.world.photos import Photo, Style
-from mgie.tiny.world.scene import Color, Kind, Place, Scene, Thing, Weather, pick
+from mgie.tiny.world.scene import KINDS, Color, Kind, Place, Scene, Thing, Weather, pick
 
-NOUNS: dict[Kind, str] = {
-    "house": "house",
-    "tree": "tree",
-    "pine": "pine tree",
-    "bush": "bush",
-    "lamp": "lamp",
-    "fence": "fence",
-    "car": "car",
-    "ball": "ball",
-    "box": "box",
-    "person": "person",
-    "bench": "bench",
-    "tent": "tent",
-    "dog": "dog",
-    "balloon": "balloon",
-    "boat": "boat",
-}
+NOUNS: dict[Kind, str] = {kind: "pine tree" if kind == "pine" else kind for kind in KINDS}
 COLORLESS: frozenset[Kind] = frozenset({"tree", "pine", "bush", "lamp"})
 PLACES: dict[Place, str] = {"left": "on the left", "middle": "in the middle", "right": "on the right"}
 _PLURALS = {"bush": "bushes", "bench": "benches", "box": "boxes", "person": "people", "fence": "fences"}

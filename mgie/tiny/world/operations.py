@@ -256,13 +256,15 @@ def _optimize(rng: Generator, name: FilterName) -> Edit:
     )
 
 
+SPOILS: dict[str, tuple[Filter, ...]] = {
+    "fix_light": (Filter("darker", 1.1), Filter("brighter", 1.2)),
+    "fix_colors": (Filter("warmer", 1.1), Filter("cooler", 1.1), Filter("less_saturation", 1.2)),
+    "denoise": (Filter("noise", 1.0),),
+}
+
+
 def _mend(rng: Generator, name: str) -> Edit:
-    spoils: dict[str, tuple[Filter, ...]] = {
-        "fix_light": (Filter("darker", 1.1), Filter("brighter", 1.2)),
-        "fix_colors": (Filter("warmer", 1.1), Filter("cooler", 1.1), Filter("less_saturation", 1.2)),
-        "denoise": (Filter("noise", 1.0),),
-    }
-    return mended(sample_picture(rng, photo_share=0.5), name, pick(rng, spoils[name]))
+    return mended(sample_picture(rng, photo_share=0.5), name, pick(rng, SPOILS[name]))
 
 
 def _time(rng: Generator, name: Time) -> Edit | None:
@@ -317,6 +319,11 @@ def _light_fire(rng: Generator) -> Edit | None:
     return fired(rng, scene, house) if house else None
 
 
+def _named(family: Family, make: Callable[..., Edit | None], **weights: float) -> dict[str, Operation]:
+    """Operations that differ by the name that `make` is given."""
+    return {name: Operation(family, weight, partial(make, name=name)) for name, weight in weights.items()}
+
+
 OPERATIONS: dict[str, Operation] = {
     "recolor": Operation("modification", 3.8, _recolor),
     "recolor_part": Operation("modification", 1.2, _recolor_part),
@@ -332,36 +339,14 @@ OPERATIONS: dict[str, Operation] = {
     "swap_places": Operation("modification", 0.6, partial(_swap, swap=swapped_places)),
     "swap_colors": Operation("modification", 0.6, partial(_swap, swap=swapped_colors)),
     "put_on_hat": Operation("modification", 0.8, _put_on_hat),
-    "brighter": Operation("optimization", 0.55, partial(_optimize, name="brighter")),
-    "darker": Operation("optimization", 0.5, partial(_optimize, name="darker")),
-    "more_contrast": Operation("optimization", 0.4, partial(_optimize, name="more_contrast")),
-    "less_contrast": Operation("optimization", 0.3, partial(_optimize, name="less_contrast")),
-    "more_saturation": Operation("optimization", 0.4, partial(_optimize, name="more_saturation")),
-    "less_saturation": Operation("optimization", 0.3, partial(_optimize, name="less_saturation")),
-    "warmer": Operation("optimization", 0.5, partial(_optimize, name="warmer")),
-    "cooler": Operation("optimization", 0.4, partial(_optimize, name="cooler")),
-    "sharpen": Operation("optimization", 0.3, partial(_optimize, name="sharpen")),
-    "blur": Operation("optimization", 0.3, partial(_optimize, name="blur")),
-    "vignette": Operation("optimization", 0.3, partial(_optimize, name="vignette")),
-    "black_and_white": Operation("optimization", 0.4, partial(_optimize, name="black_and_white")),
-    "sepia": Operation("optimization", 0.35, partial(_optimize, name="sepia")),
-    "vintage": Operation("optimization", 0.25, partial(_optimize, name="vintage")),
-    "professional": Operation("optimization", 0.45, partial(_optimize, name="professional")),
-    "fix_light": Operation("optimization", 0.3, partial(_mend, name="fix_light")),
-    "fix_colors": Operation("optimization", 0.3, partial(_mend, name="fix_colors")),
-    "denoise": Operation("optimization", 0.3, partial(_mend, name="denoise")),
-    "night": Operation("scene", 0.9, partial(_time, name="night")),
-    "day": Operation("scene", 0.7, partial(_time, name="day")),
-    "dusk": Operation("scene", 0.7, partial(_time, name="dusk")),
-    "spring": Operation("scene", 0.5, partial(_season, name="spring")),
-    "summer": Operation("scene", 0.5, partial(_season, name="summer")),
-    "autumn": Operation("scene", 0.5, partial(_season, name="autumn")),
-    "winter": Operation("scene", 0.6, partial(_season, name="winter")),
-    "clear": Operation("scene", 0.5, partial(_weather, name="clear")),
-    "cloudy": Operation("scene", 0.3, partial(_weather, name="cloudy")),
-    "rain": Operation("scene", 0.5, partial(_weather, name="rain")),
-    "snow": Operation("scene", 0.5, partial(_weather, name="snow")),
-    "fog": Operation("scene", 0.4, partial(_weather, name="fog")),
+    **_named("optimization", _optimize, brighter=0.55, darker=0.5, more_contrast=0.4, less_contrast=0.3),
+    **_named("optimization", _optimize, more_saturation=0.4, less_saturation=0.3, warmer=0.5, cooler=0.4),
+    **_named("optimization", _optimize, sharpen=0.3, blur=0.3, vignette=0.3, black_and_white=0.4, sepia=0.35),
+    **_named("optimization", _optimize, vintage=0.25, professional=0.45),
+    **_named("optimization", _mend, fix_light=0.3, fix_colors=0.3, denoise=0.3),
+    **_named("scene", _time, night=0.9, day=0.7, dusk=0.7),
+    **_named("scene", _season, spring=0.5, summer=0.5, autumn=0.5, winter=0.6),
+    **_named("scene", _weather, clear=0.5, cloudy=0.3, rain=0.5, snow=0.5, fog=0.4),
     "rainbow": Operation("scene", 0.4, _rainbow),
     "lights_on": Operation("scene", 0.9, partial(_switch, is_lit=True)),
     "lights_off": Operation("scene", 0.9, partial(_switch, is_lit=False)),

@@ -18,22 +18,9 @@ T = TypeVar("T")
 
 Color = Literal["red", "orange", "yellow", "green", "blue", "purple", "pink", "white", "black", "brown"]
 Kind = Literal[
-    "house",
-    "tree",
-    "pine",
-    "bush",
-    "lamp",
-    "fence",
-    "car",
-    "ball",
-    "box",
-    "person",
-    "bench",
-    "tent",
-    "dog",
-    "balloon",
+    "house", "tree", "pine", "bush", "lamp", "fence", "car", "ball", "box", "person", "bench", "tent", "dog", "balloon",
     "boat",
-]
+]  # fmt: skip
 Row = Literal["back", "middle", "front", "air", "water"]
 Place = Literal["left", "middle", "right"]
 Time = Literal["day", "dusk", "night"]

@@ -290,6 +290,11 @@ def test_both_clients_of_s3_are_told_the_same(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setenv(name, value)
     assert (s3_settings().endpoint, s3_settings().region, s3_settings().attempts) == ("http://one", "us-east-1", 3)
     assert s3_settings("http://two", attempts=7) == replace(s3_settings(), endpoint="http://two", attempts=7)
+    for bad in ("0", "many"):
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", bad)
+        with pytest.raises(ConfigError, match=f"AWS_MAX_ATTEMPTS is '{bad}'"):
+            s3_settings()
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")
     config = open_s3("http://two").meta
     assert (config.endpoint_url, config.region_name) == ("http://two", "us-east-1")
     assert (config.config.retries["total_max_attempts"], config.config.read_timeout) == (3, 30)

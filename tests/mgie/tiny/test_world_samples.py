@@ -11,7 +11,7 @@ from mgie.errors import ConfigError, DataError
 from mgie.model.prompts import clean_expressive
 from mgie.tiny.world import make_sample
 from mgie.tiny.world.ambiguities import AMBIGUITIES, sample_ambiguous
-from mgie.tiny.world.answers import describe, express, states_change
+from mgie.tiny.world.answers import describe, express, parse_answers, states_change
 from mgie.tiny.world.draw import draw_scene
 from mgie.tiny.world.edits import Edit
 from mgie.tiny.world.filters import apply_filter
@@ -147,6 +147,19 @@ def test_wordings_are_read_by_kind_and_name_without_comments() -> None:
 def test_malformed_wordings_are_refused(text: str, message: str) -> None:
     with pytest.raises(DataError, match=re.escape(message)):
         parse_wordings(text)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("do: a\ndo: b\nsee: c\nkey: d", "dim has {'see': 1}; it must have {'do': 2, 'see': 2, 'key': 1}"),
+        ("do: a\nsay: b", "line 3: 'say: b' is no template"),
+        ("do:", "line 2: 'do:' is no template"),
+    ],
+)
+def test_malformed_answers_are_refused(lines: str, message: str) -> None:
+    with pytest.raises(DataError, match=re.escape(message)):
+        parse_answers(f"== answer dim\n{lines}\n")
 
 
 @pytest.mark.parametrize(("name", "is_ambiguous"), EVERY_KIND)
