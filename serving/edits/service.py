@@ -79,7 +79,7 @@ class EditService:
     Args:
         backend: What edits.
         limits: Of the photo and of the result.
-        kept: Where results are kept; None: none are.
+        kept: Where results are kept.
         board: Reaches the edits of other replicas of the ingress; None: there are none.
         edit_limits: Of what one edit may ask for.
         batch_patience_s: So much later an interactive edit may come and still pass a batch edit in line.
@@ -91,7 +91,7 @@ class EditService:
         backend: EditBackend,
         *,
         limits: ImageLimits,
-        kept: ResultStore | None = None,
+        kept: ResultStore,
         board: Board | None = None,
         edit_limits: EditLimits = EditLimits(),  # noqa: B008  frozen
         batch_patience_s: float = BATCH_PATIENCE_S,
@@ -138,7 +138,7 @@ class EditService:
 
         Raises:
             NotFoundError: There is no such bundle or earlier result.
-            RequestError: The size does not fit the photo, nothing is kept here, or it is more than may be asked for.
+            RequestError: The size does not fit the photo, or it is more than may be asked for.
             LimitError: The key has not enough left.
             ImageError: The photo cannot be edited; found here only where its size matters.
             MGIEError: The stages or the store are in trouble.
@@ -146,21 +146,13 @@ class EditService:
         self._edit_limits.check(form)
         bundle = named_bundle(await self.models(), form.model)
         wants_urls = form.response_format == "url"
-        if self._kept is None:
-            asked = {"response_format": wants_urls, "keep": form.keep, "previous": form.previous}
-            for name, is_asked in asked.items():
-                if is_asked:
-                    value = quoted(getattr(form, name))
-                    message = f"{name} is {value}; this service keeps no results"
-                    raise RequestError(message, param=name, code="unsupported_value")
         image = await self._source(form, caller.key.name if caller else "")
-        keeps_all = self._kept is not None and self._kept.keeps_all
         options = edit_options(
             form,
             # Not by its name where there is no choice: a roll-out may replace the bundle by one of another name.
             model=bundle.name if len(self._models) > 1 else None,
             output_wh=await self._output_wh(form, image, bundle),
-            keeps_lossless=wants_urls or (keeps_all if form.keep is None else form.keep),
+            keeps_lossless=wants_urls or (self._kept.keeps_all if form.keep is None else form.keep),
             queue_delay_s=self._batch_patience_s if priority == "batch" else 0.0,
             trace=trace,
         )
@@ -207,9 +199,7 @@ class EditService:
     @contextlib.asynccontextmanager
     async def at_work(self) -> AsyncIterator[None]:
         """Meanwhile what has expired is deleted, and edits are called off that other replicas are asked to."""
-        chores = [asyncio.create_task(self.running.listen())]
-        if self._kept is not None:
-            chores.append(asyncio.create_task(self._kept.sweep()))
+        chores = [asyncio.create_task(chore) for chore in (self.running.listen(), self._kept.sweep())]
         try:
             yield
         finally:
@@ -225,7 +215,6 @@ class EditService:
                 raise ImageTooLargeError(f"image is {len(form.image)} bytes; {allowed}", param="image")
             return form.image
         assert form.previous is not None  # the form was checked
-        assert self._kept is not None
         return await self._kept.previous(form.previous, owner=owner)
 
     async def _output_wh(self, form: EditForm, image: bytes, bundle: BundleInfo) -> tuple[int, int] | None:
@@ -243,7 +232,6 @@ class EditService:
         options = accepted.call.options
         if not options.keeps_lossless:
             return DeliveredEdit(outcome=outcome)
-        assert self._kept is not None
         kept = await self._kept.keep(accepted.id, options, outcome, owner=accepted.owner)
         base_url = accepted.base_url
         urls = [] if base_url is None else [self._kept.url(file, base_url) for file in kept.files]

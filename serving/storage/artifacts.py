@@ -98,7 +98,7 @@ class ArtifactStore:
     def __init__(self, blobs: Blobs, *, ttl_s: float, clock: Callable[[], float] = time.time) -> None:
         if not ttl_s >= MIN_TTL_S:
             raise ConfigError(f"ttl_s is {ttl_s:g}; it must be at least {MIN_TTL_S:g}", param="ttl_s")
-        self._blobs, self._ttl_s, self._clock = blobs, ttl_s, clock
+        self._blobs, self._ttl_s, self.now_s = blobs, ttl_s, clock
         self._swept_to = ""
 
     @classmethod
@@ -136,7 +136,7 @@ class ArtifactStore:
 
     def new_id(self) -> str:
         """An id that nobody can guess, for an artifact or a document; it begins with the time of its expiry."""
-        return f"{ceil(self._clock() + self._ttl_s):08x}{secrets.token_hex(16)}"
+        return f"{ceil(self.now_s() + self._ttl_s):08x}{secrets.token_hex(16)}"
 
     def put(
         self,
@@ -157,7 +157,7 @@ class ArtifactStore:
         artifact_id = self.new_id()
         artifact = Artifact(
             id=artifact_id,
-            created_s=self._clock(),
+            created_s=self.now_s(),
             expires_s=_expiry_s(artifact_id),
             content_type=content_type,
             num_bytes=len(data),
@@ -212,7 +212,7 @@ class ArtifactStore:
         Raises:
             NotFoundError: The id has expired, or is none; whether the image exists is not looked up.
         """
-        left_s = self.expiry_s(artifact_id) - self._clock()
+        left_s = self.expiry_s(artifact_id) - self.now_s()
         signed = self._blobs.url(f"artifacts/{artifact_id}.image", valid_s=max(1.0, left_s))
         return signed or f"{base_url.rstrip('/')}{ARTIFACT_PATH}/{artifact_id}"
 
@@ -246,7 +246,7 @@ class ArtifactStore:
         if made is None:
             found = self._blobs.read(_document_key(kind, name))
             # One that has expired is absent, though it was not swept yet.
-            if found is None or _envelope(found).expires_s <= self._clock():
+            if found is None or _envelope(found).expires_s <= self.now_s():
                 made = self._write(kind, name, content, version=found.version if found else None)
         return made
 
@@ -256,7 +256,7 @@ class ArtifactStore:
         if blob is None:
             return None
         envelope = _envelope(blob)
-        if envelope.expires_s <= self._clock():
+        if envelope.expires_s <= self.now_s():
             return None
         return Document(kind=kind, name=name, content=envelope.content, version=blob.version)
 
@@ -279,7 +279,7 @@ class ArtifactStore:
         return (entry.key.removeprefix(prefix) for entry in self._blobs.list(prefix))
 
     def _write(self, kind: str, name: str, content: Mapping[str, Any], *, version: str | None) -> Document | None:
-        envelope = _Envelope(expires_s=self._clock() + self._ttl_s, write=secrets.token_hex(8), content=dict(content))
+        envelope = _Envelope(expires_s=self.now_s() + self._ttl_s, write=secrets.token_hex(8), content=dict(content))
         data = envelope.model_dump_json().encode()
         written = self._blobs.write_if(_document_key(kind, name), data, version=version)
         if written is None:
@@ -303,18 +303,18 @@ class ArtifactStore:
             if _ID.fullmatch(artifact_id) is None:
                 continue  # not ours: network file systems and desktops leave files of their own
             # Sorted by expiry, as ids begin with it. An image whose record was never written goes with the others.
-            if _expiry_s(artifact_id) > self._clock():
+            if _expiry_s(artifact_id) > self.now_s():
                 break
             self._blobs.delete(entry.key)
             num_deleted += 1
         documents = list(islice(self._blobs.list("documents/", after=self._swept_to), limit))
         self._swept_to = documents[-1].key if len(documents) == limit else ""
         for entry in documents:
-            if entry.modified_s + self._ttl_s > self._clock():
+            if entry.modified_s + self._ttl_s > self.now_s():
                 continue  # spares the reading
             blob = self._blobs.read(entry.key)
             try:
-                is_expired = blob is not None and _envelope(blob).expires_s <= self._clock()
+                is_expired = blob is not None and _envelope(blob).expires_s <= self.now_s()
             except DamagedError as error:
                 logger.warning("left in the store: %s", error)
                 continue
@@ -329,7 +329,7 @@ class ArtifactStore:
         Raises:
             NotFoundError: It has passed, or the id is none.
         """
-        if _ID.fullmatch(artifact_id) is None or _expiry_s(artifact_id) <= self._clock():
+        if _ID.fullmatch(artifact_id) is None or _expiry_s(artifact_id) <= self.now_s():
             raise self._missing()
         return _expiry_s(artifact_id)
 

@@ -61,7 +61,7 @@ def replicas(mllm: MLLMStage, diffusion: DiffusionStage, store: Path) -> Iterato
 
 
 def _jobs(replicas: Replicas) -> JobStore:
-    return JobStore(replicas.artifacts(), limits=ImageLimits(), clock=replicas.clock)
+    return JobStore(replicas.artifacts(), limits=ImageLimits())
 
 
 def test_the_records_of_jobs_say_what_they_said(replicas: Replicas) -> None:

@@ -13,12 +13,13 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from mgie.errors import ConfigError, PromptError
 from serving.api.middleware import MeterMiddleware
-from serving.api.routes import EDITS_PATH, build_api
+from serving.api.routes import EDITS_PATH
 from serving.edits.in_process import InProcessBackend
 from serving.stages.diffusion import DiffusionStage
 from serving.stages.health import Monitoring
 from serving.stages.mllm import MLLMStage
 from serving.telemetry.tracing import NO_SPANS, Spans, open_spans
+from tests.live import api_over
 from tests.serving.asking import ask
 from tests.serving.figures import Figures
 
@@ -150,7 +151,7 @@ def test_work_that_was_called_off_is_left_no_longer(watched: tuple[MLLMStage, Di
 
 @pytest.fixture
 def counted(mllm: MLLMStage, diffusion: DiffusionStage, figures: Figures) -> TestClient:
-    api = build_api(InProcessBackend(mllm, diffusion), timeout_s=60, meter=figures)
+    api = api_over(InProcessBackend(mllm, diffusion), meter=figures)
     return TestClient(api, raise_server_exceptions=False)
 
 
@@ -217,7 +218,7 @@ def test_a_trace_goes_from_the_client_through_the_ingress_to_both_stages(
     spans = Spans(exporter, service="test")
     for stage in watched:
         stage._spans = spans
-    api = build_api(InProcessBackend(*watched), timeout_s=60, spans=spans)
+    api = api_over(InProcessBackend(*watched), spans=spans)
     client = TestClient(api, raise_server_exceptions=False)
     trace_id, parent_id = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
     secret = "the secret words"

@@ -11,12 +11,10 @@ import httpx2
 import pytest
 
 from mgie.config import ImageLimits
-from serving.api.routes import build_api
 from serving.edits.backend import EditBackend, EditEvent, EditOutcome, OnDerived, ServiceStats
 from serving.edits.call import EditCall
 from serving.edits.cancellation import Board
 from serving.edits.in_process import InProcessBackend
-from serving.edits.results import ResultStore
 from serving.jobs.runner import JobSettings
 from serving.jobs.store import JobStore
 from serving.stages.diffusion import DiffusionStage
@@ -27,6 +25,7 @@ from serving.storage.blobs import LocalBlobs
 from serving.storage.stores import open_blobs
 from serving.telemetry.metrics import Meter, unmetered
 from serving.telemetry.tracing import NO_SPANS, Spans
+from tests.live import api_over
 from tests.waiting import POLL_S, until, until_async
 
 TTL_S = 4000.0
@@ -174,7 +173,7 @@ class Replicas:
         return ArtifactStore(open_blobs(self.url), ttl_s=TTL_S, clock=self.clock)
 
     def jobs(self) -> JobStore:
-        return JobStore(self.artifacts(), limits=ImageLimits(), clock=self.clock)
+        return JobStore(self.artifacts(), limits=ImageLimits())
 
     def open(
         self,
@@ -191,13 +190,10 @@ class Replicas:
         Args:
             is_at_work: False: it accepts and answers, and runs nothing.
         """
-        jobs = self.jobs()
-        api = build_api(
+        api = api_over(
             backend or self.backend,
-            timeout_s=60,
-            kept=ResultStore(jobs.artifacts),
-            jobs=jobs,
-            job_settings=JobSettings(**{"poll_s": 0.03, "lease_s": 1.0} | settings),
+            store=self.artifacts(),
+            jobs=JobSettings(**{"poll_s": 0.03, "lease_s": 1.0} | settings),
             board=board,
             meter=meter,
             spans=spans,

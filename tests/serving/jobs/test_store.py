@@ -40,7 +40,7 @@ class Shop:
 
     def open(self) -> JobStore:
         artifacts = ArtifactStore(open_blobs(self.url), ttl_s=TTL_S, clock=self.clock)
-        return JobStore(artifacts, limits=ImageLimits(), clock=self.clock)
+        return JobStore(artifacts, limits=ImageLimits())
 
 
 @pytest.fixture(params=["folder", "s3"])
