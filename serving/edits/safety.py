@@ -18,7 +18,7 @@ from PIL import Image
 from mgie.config import ImageLimits
 from mgie.errors import ConfigError
 from mgie.images.files import read_image
-from serving.edits.backend import EditBackend, EditEvent, EditOutcome, OnDerived, ServiceStats
+from serving.edits.backend import EditBackend, EditEvent, EditOutcome, ServiceStats
 from serving.edits.call import EditCall
 from serving.errors import ContentPolicyError, SafetyCheckError
 from serving.stages.messages import BundleInfo, Partial
@@ -66,22 +66,14 @@ class CheckedBackend:
         self._backend, self._check = backend, check
         self._limits = replace(limits, max_bytes=sys.maxsize)  # the ingress has counted an upload's
 
-    async def edit(self, call: EditCall, *, on_derived: OnDerived = lambda: None) -> EditOutcome:
+    async def stream(self, call: EditCall, *, is_watched: bool = True) -> AsyncGenerator[EditEvent, None]:
         """See `EditBackend`. Raises ContentPolicyError and SafetyCheckError, too."""
         await self._ask(call, call.image, "input")
-        outcome = await self._backend.edit(call, on_derived=on_derived)
-        await self._ask_of_results(call, outcome)
-        return outcome
-
-    async def stream(self, call: EditCall) -> AsyncGenerator[EditEvent, None]:
-        """See `EditBackend`. Raises ContentPolicyError and SafetyCheckError, too."""
-        await self._ask(call, call.image, "input")
-        async with contextlib.aclosing(self._backend.stream(call)) as events:
+        async with contextlib.aclosing(self._backend.stream(call, is_watched=is_watched)) as events:
             async for event in events:
-                if isinstance(event, Partial):
-                    await self._ask(call, event.data, "output")
-                elif isinstance(event, EditOutcome):
-                    await self._ask_of_results(call, event)
+                shown = event.rendered.images if isinstance(event, EditOutcome) else ()
+                for picture in [event.data] if isinstance(event, Partial) else shown:
+                    await self._ask(call, picture, "output")
                 yield event
 
     def check_room(self) -> None:
@@ -99,10 +91,6 @@ class CheckedBackend:
     async def stats(self) -> ServiceStats:
         """See `EditBackend`."""
         return await self._backend.stats()
-
-    async def _ask_of_results(self, call: EditCall, outcome: EditOutcome) -> None:
-        for image in outcome.rendered.images:
-            await self._ask(call, image, "output")
 
     async def _ask(self, call: EditCall, image: bytes, where: Where) -> None:
         # Words that a user puts into the model's mouth are the user's.

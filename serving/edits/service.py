@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 
@@ -169,32 +169,31 @@ class EditService:
 
     async def edit(self, accepted: AcceptedEdit) -> DeliveredEdit:
         """Edits, and keeps what is to be kept. Raises MGIEError: see the table in `api/responses.py`."""
-        with accepted.charge.settled(), self._traced(accepted) as call:
-            # The steps are not seen from here: an edit may have done them all as soon as they may have begun.
-            outcome = await self._backend.edit(call, on_derived=accepted.charge.use)
-            return await self._delivered(accepted, outcome)
+        *_, delivered = [event async for event in self.stream(accepted, is_watched=False)]
+        assert isinstance(delivered, DeliveredEdit)
+        return delivered
 
-    async def stream(self, accepted: AcceptedEdit) -> AsyncGenerator[EditEvent | DeliveredEdit, None]:
+    async def stream(
+        self, accepted: AcceptedEdit, *, is_watched: bool = True
+    ) -> AsyncGenerator[EditEvent | DeliveredEdit, None]:
         """The same step by step; `DeliveredEdit` is last."""
         with accepted.charge.settled():
-            async with contextlib.aclosing(self.events(accepted)) as events:
+            async with contextlib.aclosing(self.events(accepted, is_watched=is_watched)) as events:
                 async for event in events:
                     if isinstance(event, Stepped):
                         accepted.charge.use(event.step / event.num_steps)
+                    elif not is_watched:  # it may have done all its steps as soon as they may have begun
+                        accepted.charge.use()
                     yield await self._delivered(accepted, event) if isinstance(event, EditOutcome) else event
 
-    async def events(self, accepted: AcceptedEdit) -> AsyncGenerator[EditEvent, None]:
+    async def events(self, accepted: AcceptedEdit, *, is_watched: bool = True) -> AsyncGenerator[EditEvent, None]:
         """The same for who keeps the results in a way of its own: `EditOutcome` is last, and nobody is charged."""
-        with self._traced(accepted) as call:
-            async with contextlib.aclosing(self._backend.stream(call)) as events:
-                async for event in events:
-                    yield event
-
-    @contextlib.contextmanager
-    def _traced(self, accepted: AcceptedEdit) -> Iterator[EditCall]:
         call = accepted.call
         with self._spans.span("edit", call.options.trace) as span:
-            yield replace(call, options=replace(call.options, trace=span.trace))
+            call = replace(call, options=replace(call.options, trace=span.trace))
+            async with contextlib.aclosing(self._backend.stream(call, is_watched=is_watched)) as events:
+                async for event in events:
+                    yield event
 
     @contextlib.asynccontextmanager
     async def at_work(self) -> AsyncIterator[None]:

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from fastapi.testclient import TestClient
 from starlette.routing import Mount, Route
 
 from serving.access.keys import KeyRing
-from serving.edits.backend import EditOutcome
+from serving.edits.backend import EditEvent
 from serving.edits.call import EditCall
 from serving.edits.in_process import InProcessBackend
 from serving.stages.diffusion import DiffusionStage
@@ -304,9 +304,9 @@ def test_the_priority_of_a_key_reaches_the_stages(
     calls: list[EditCall] = []
 
     class Seen(InProcessBackend):
-        async def edit(self, call: EditCall, **told: Any) -> EditOutcome:
+        def stream(self, call: EditCall, *, is_watched: bool = True) -> AsyncGenerator[EditEvent, None]:
             calls.append(call)
-            return await super().edit(call, **told)
+            return super().stream(call, is_watched=is_watched)
 
     ring = KeyRing(text=keys_text(alice="", bob='priority = "batch"'))
     client = make(backend=Seen(mllm, diffusion), keys=ring, batch_patience_s=7.0)

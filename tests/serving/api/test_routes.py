@@ -5,7 +5,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from mgie.errors import (
 )
 from mgie.images.files import read_image, read_metadata
 from serving.api.responses import ANSWERS, answer_error
-from serving.edits.backend import EditOutcome, OnDerived
+from serving.edits.backend import EditEvent, EditOutcome
 from serving.edits.call import EditCall, edit_options
 from serving.edits.in_process import InProcessBackend
 from serving.errors import RequestError
@@ -403,7 +403,7 @@ def test_a_fault_of_ours_is_told_without_internals(
     random_bundle: Path, mllm: MLLMStage, diffusion: DiffusionStage, photo: Photo, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Faulty(InProcessBackend):
-        async def edit(self, call: EditCall, *, on_derived: OnDerived = lambda: None) -> EditOutcome:
+        def stream(self, call: EditCall, *, is_watched: bool = True) -> AsyncGenerator[EditEvent, None]:
             raise ValueError("canary")
 
     stopped = MLLMStage(str(random_bundle), device="cpu")
@@ -483,13 +483,13 @@ def test_concurrent_edits_share_batches_and_say_so(mllm: MLLMStage, diffusion: D
     backend = InProcessBackend(mllm, diffusion)
     forms = [EditForm(image=photo(seed=i), prompt=f"edit {i}", steps=2, seed=i) for i in range(6)]
 
+    async def mean_batch_size(form: EditForm) -> float:
+        call = EditCall(image=form.image or b"", options=edit_options(form), deadline=math.inf)
+        *_, outcome = [event async for event in backend.stream(call)]
+        assert isinstance(outcome, EditOutcome)
+        return outcome.rendered.run.mean_batch_size
+
     async def main() -> list[float]:
-        outcomes = await asyncio.gather(
-            *(
-                backend.edit(EditCall(image=form.image or b"", options=edit_options(form), deadline=math.inf))
-                for form in forms
-            )
-        )
-        return [outcome.rendered.run.mean_batch_size for outcome in outcomes]
+        return await asyncio.gather(*(mean_batch_size(form) for form in forms))
 
     assert max(asyncio.run(main())) > 1

@@ -11,7 +11,7 @@ import httpx2
 import pytest
 
 from mgie.config import ImageLimits
-from serving.edits.backend import EditBackend, EditEvent, EditOutcome, OnDerived, ServiceStats
+from serving.edits.backend import EditBackend, EditEvent, EditOutcome, ServiceStats
 from serving.edits.call import EditCall
 from serving.edits.cancellation import Board
 from serving.edits.in_process import InProcessBackend
@@ -50,7 +50,7 @@ class Failing:
         self.num_open = self.most_open = 0
         self.seeds: list[int] = []
 
-    async def stream(self, call: EditCall) -> AsyncGenerator[EditEvent, None]:
+    async def stream(self, call: EditCall, *, is_watched: bool = True) -> AsyncGenerator[EditEvent, None]:
         self.num_calls += 1
         if self.errors:
             raise self.errors.pop(0)
@@ -58,13 +58,10 @@ class Failing:
         self.num_open += 1
         self.most_open = max(self.most_open, self.num_open)
         try:
-            async for event in self._backend.stream(call):
+            async for event in self._backend.stream(call, is_watched=is_watched):
                 yield event
         finally:
             self.num_open -= 1
-
-    async def edit(self, call: EditCall, *, on_derived: OnDerived = lambda: None) -> EditOutcome:
-        return await self._backend.edit(call, on_derived=on_derived)
 
     def check_room(self) -> None:
         self._backend.check_room()
@@ -86,8 +83,8 @@ class Held(Failing):
         super().__init__(backend)
         self.may_end = threading.Event()
 
-    async def stream(self, call: EditCall) -> AsyncGenerator[EditEvent, None]:
-        async for event in super().stream(call):
+    async def stream(self, call: EditCall, *, is_watched: bool = True) -> AsyncGenerator[EditEvent, None]:
+        async for event in super().stream(call, is_watched=is_watched):
             if isinstance(event, EditOutcome):
                 await until_async(self.may_end.is_set)
             yield event
