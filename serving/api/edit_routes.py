@@ -1,5 +1,6 @@
 """The HTTP side of edits: doing one while the client waits, cancelling it, reading a result that was kept."""
 
+import asyncio
 import time
 
 from fastapi import APIRouter, Request, Response
@@ -111,7 +112,7 @@ class EditApi:
 
     async def kept_file(self, name: str) -> Response:
         """200 with the file."""
-        artifact, data = await self._kept.read(name)
+        artifact, data = await asyncio.to_thread(self._kept.read, name)
         left_s = max(0, int(artifact.expires_s - time.time()))
         headers = {"cache-control": f"private, max-age={left_s}, immutable", "x-content-type-options": "nosniff"}
         return Response(data, media_type=artifact.content_type, headers=headers)

@@ -18,7 +18,7 @@ from serving.api.access_gate import AccessMiddleware, watched
 from serving.api.edit_routes import EDITS_PATH, EditApi
 from serving.api.info_routes import info_router
 from serving.api.job_routes import ApiWording, JobApi
-from serving.api.middleware import BoundaryMiddleware, LogMiddleware, MeterMiddleware
+from serving.api.middleware import BoundaryMiddleware, RecordMiddleware
 from serving.api.opened import Opened
 from serving.api.page import add_page
 from serving.api.responses import answer_error, documented
@@ -91,8 +91,8 @@ def build_api(
     api.add_middleware(
         BoundaryMiddleware, max_body_bytes=args.limits.max_bytes + FORM_OVERHEAD_BYTES, adds_request_id=adds_request_id
     )
-    api.add_middleware(MeterMiddleware, meter=meter, path=EDITS_PATH)
-    api.add_middleware(LogMiddleware)  # added last: outside of all others
+    # Added last: outside of all others.
+    api.add_middleware(RecordMiddleware, meter=meter, edits_path=EDITS_PATH)
     for kind in (MGIEError, HTTPException, RequestValidationError):
         api.add_exception_handler(kind, _handle)
     for router in (

@@ -214,7 +214,7 @@ class EditService:
                 raise ImageTooLargeError(f"image is {len(form.image)} bytes; {allowed}", param="image")
             return form.image
         assert form.previous is not None  # the form was checked
-        return await self._kept.previous(form.previous, owner=owner)
+        return await asyncio.to_thread(self._kept.previous, form.previous, owner=owner)
 
     async def _output_wh(self, form: EditForm, image: bytes, bundle: BundleInfo) -> tuple[int, int] | None:
         if form.size == "auto":
@@ -231,7 +231,7 @@ class EditService:
         options = accepted.call.options
         if not options.keeps_lossless:
             return DeliveredEdit(outcome=outcome)
-        kept = await self._kept.keep(accepted.id, options, outcome, owner=accepted.owner)
+        kept = await asyncio.to_thread(self._kept.keep, accepted.id, options, outcome, owner=accepted.owner)
         base_url = accepted.base_url
         urls = [] if base_url is None else [self._kept.url(file, base_url) for file in kept.files]
         return DeliveredEdit(outcome=outcome, urls=urls, kept_until=kept.expires_s)

@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from mgie.errors import ConfigError, PromptError
-from serving.api.middleware import MeterMiddleware
+from serving.api.middleware import RecordMiddleware
 from serving.api.routes import EDITS_PATH
 from serving.edits.in_process import InProcessBackend
 from serving.stages.diffusion import DiffusionStage
@@ -205,7 +205,7 @@ def told(figures: Figures, answers: list[tuple[int | None, list[bytes]]]) -> lis
                 pass
 
             scope = {"type": "http", "path": EDITS_PATH, "method": "POST"}
-            await MeterMiddleware(app, meter=figures, path=EDITS_PATH)(scope, nothing, nothing)
+            await RecordMiddleware(app, meter=figures, edits_path=EDITS_PATH)(scope, nothing, nothing)
 
     asyncio.run(main())
     return [(tags["status"], tags["code"]) for tags in figures.tags("edits")]
