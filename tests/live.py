@@ -20,6 +20,7 @@ from serving.args import ServingArgs
 from serving.edits.backend import EditBackend
 from serving.edits.cancellation import Board
 from serving.edits.in_process import InProcessBackend
+from serving.edits.safety import SafetyCheck
 from serving.jobs.runner import JobSettings
 from serving.stages.diffusion import DiffusionStage
 from serving.stages.mllm import MLLMStage
@@ -47,6 +48,7 @@ def api_over(
     store: ArtifactStore | None = None,
     keys: KeyRing | None = None,
     jobs: JobSettings | None = None,
+    check: SafetyCheck | None = None,
     spans: Spans = NO_SPANS,
     board: Board | None = None,
     meter: Meter = unmetered,
@@ -62,7 +64,11 @@ def api_over(
     temporary = tempfile.TemporaryDirectory() if folder is None and store is None else None
     place = temporary.name if temporary else folder
     opened = Opened(
-        store=store or ArtifactStore.open(str(place), ttl_s=3600), keys=keys, jobs=jobs or JobSettings(), spans=spans
+        store=store or ArtifactStore.open(str(place), ttl_s=3600),
+        keys=keys,
+        jobs=jobs or JobSettings(),
+        safety_check=check,
+        spans=spans,
     )
     args = ServingArgs.model_validate({"timeout_s": 60, "max_steps": 1000} | settings)
     api = build_api(backend, args, opened, board=board, meter=meter)

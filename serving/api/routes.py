@@ -26,7 +26,6 @@ from serving.args import ServingArgs
 from serving.edits.backend import EditBackend
 from serving.edits.cancellation import Board
 from serving.edits.results import ResultStore
-from serving.edits.safety import CheckedBackend
 from serving.edits.service import EditService
 from serving.jobs.runner import JobRunner
 from serving.jobs.store import JobStore
@@ -55,8 +54,6 @@ def build_api(
         meter: Takes figures of the answers.
         adds_request_id: See `BoundaryMiddleware`.
     """
-    if opened.safety_check is not None:
-        backend = CheckedBackend(backend, opened.safety_check, limits=args.limits)
     kept = ResultStore(opened.store, keeps_all=args.keep_results)
     service = EditService(
         backend,
@@ -65,6 +62,7 @@ def build_api(
         board=board,
         edit_limits=args.edit_limits,
         batch_patience_s=args.batch_patience_s,
+        safety_check=opened.safety_check,
         spans=opened.spans,
     )
     jobs = JobStore(opened.store, limits=args.limits)

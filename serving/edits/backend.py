@@ -40,6 +40,13 @@ class ServiceStats:
 EditEvent = Derived | Stepped | Partial | EditOutcome
 
 
+def pictures_of(event: EditEvent) -> Sequence[bytes]:
+    """The encoded pictures in an event."""
+    if isinstance(event, EditOutcome):
+        return event.rendered.images
+    return [event.data] if isinstance(event, Partial) else ()
+
+
 class EditBackend(Protocol):
     """Anything that can edit."""
 

@@ -18,10 +18,11 @@ from mgie.images.files import read_image
 from serving.access.keys import Caller
 from serving.access.limits import Charge, EditLimits, pixel_steps
 from serving.deadline import within
-from serving.edits.backend import EditBackend, EditEvent, EditOutcome
+from serving.edits.backend import EditBackend, EditEvent, EditOutcome, pictures_of
 from serving.edits.call import EditCall, edit_options
 from serving.edits.cancellation import Board, RunningEdits, owned_id
 from serving.edits.results import ResultStore
+from serving.edits.safety import SafetyCheck, SafetyGate
 from serving.errors import NotFoundError, RequestError, quoted
 from serving.schema import MAX_SIDE_PX, MIN_SIDE_PX, EditForm, Priority
 from serving.stages.messages import BundleInfo
@@ -83,6 +84,7 @@ class EditService:
         board: Reaches the edits of other replicas of the ingress; None: there are none.
         edit_limits: Of what one edit may ask for.
         batch_patience_s: So much later an interactive edit may come and still pass a batch edit in line.
+        safety_check: The operator's; None: there is none.
         spans: Of the edits.
     """
 
@@ -95,8 +97,10 @@ class EditService:
         board: Board | None = None,
         edit_limits: EditLimits = EditLimits(),  # noqa: B008  frozen
         batch_patience_s: float = BATCH_PATIENCE_S,
+        safety_check: SafetyCheck | None = None,
         spans: Spans = NO_SPANS,
     ) -> None:
+        self._safety = SafetyGate(safety_check, limits=limits)
         self._backend, self._limits, self._kept = backend, limits, kept
         self._edit_limits, self._batch_patience_s = edit_limits, batch_patience_s
         self._models: tuple[BundleInfo, ...] = ()
@@ -189,10 +193,12 @@ class EditService:
     async def events(self, accepted: AcceptedEdit, *, is_watched: bool = True) -> AsyncGenerator[EditEvent, None]:
         """The same for who keeps the results in a way of its own: `EditOutcome` is last, and nobody is charged."""
         call = accepted.call
+        await self._safety.ask(call.options, [call.image], "input")
         with self._spans.span("edit", call.options.trace) as span:
             call = replace(call, options=replace(call.options, trace=span.trace))
             async with contextlib.aclosing(self._backend.stream(call, is_watched=is_watched)) as events:
                 async for event in events:
+                    await self._safety.ask(call.options, pictures_of(event), "output")
                     yield event
 
     @contextlib.asynccontextmanager

@@ -9,10 +9,8 @@ from fastapi import FastAPI
 from PIL import Image
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from mgie.config import ImageLimits
 from serving.access.keys import KeyRing, new_key
 from serving.edits.in_process import InProcessBackend
-from serving.edits.safety import CheckedBackend
 
 pytest.importorskip("playwright", reason="playwright is not installed")
 from playwright.sync_api import expect
@@ -77,7 +75,7 @@ def test_an_edit_that_the_operator_forbids_is_explained(
     def check(_: Image.Image, instruction: str, *, where: str) -> str | None:
         return "nothing about hats" if "hat" in instruction and where == "input" else None
 
-    api = api_over(CheckedBackend(backend, check, limits=ImageLimits()))
+    api = api_over(backend, check=check)
     page = visit(serve(api), expects=("status of 400",))
     page.choose(photo)
     page.ask("give it a hat")

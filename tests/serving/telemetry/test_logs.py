@@ -19,7 +19,6 @@ from ray._common.formatters import JSONFormatter
 from mgie.errors import BundleError
 from serving.access.keys import KeyRing
 from serving.edits.in_process import InProcessBackend
-from serving.edits.safety import CheckedBackend
 from serving.errors import RequestError, SafetyCheckError
 from serving.stages.diffusion import DiffusionStage
 from serving.stages.mllm import MLLMStage
@@ -81,8 +80,9 @@ def rough_check(picture: Image.Image, instruction: str, *, where: str) -> str | 
 @pytest.fixture
 def client(mllm: MLLMStage, diffusion: DiffusionStage, tmp_path: Path) -> Iterator[TestClient]:
     api = api_over(
-        CheckedBackend(InProcessBackend(mllm, diffusion), rough_check, limits=mllm._limits),
+        InProcessBackend(mllm, diffusion),
         tmp_path,
+        check=rough_check,
         keys=KeyRing(text=KEYS),
     )
     with TestClient(api, raise_server_exceptions=False) as client:
@@ -157,8 +157,8 @@ def test_words_are_logged_where_the_operator_wants_them(
     make_log: Callable[..., Log], mllm: MLLMStage, diffusion: DiffusionStage, photo: Photo
 ) -> None:
     log = make_log(shows_words=True)
-    backend = CheckedBackend(InProcessBackend(mllm, diffusion), rough_check, limits=mllm._limits)
-    client = TestClient(api_over(backend, log_prompts=True), raise_server_exceptions=False)
+    api = api_over(InProcessBackend(mllm, diffusion), check=rough_check, log_prompts=True)
+    client = TestClient(api, raise_server_exceptions=False)
     for prompt, status in (("make it night", 200), ("quote canary", 500)):
         answer = client.post(URL, files={"image": photo()}, data={"prompt": prompt, "expressive": "x", "steps": "1"})
         assert answer.status_code == status
