@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from PIL import Image
@@ -135,10 +135,6 @@ class DiffusionStage(Stage[_Rendering]):
         return StageStats(
             replica=self._replica, pid=os.getpid(), loaded=tuple(self._pool.models()), work=self._engine_stats()
         )
-
-    def recent_batches(self) -> list[tuple[Any, ...]]:
-        """Compatibility keys of the images of each recent step, by loaded bundle."""
-        return [batch for one in self._pool.models().values() for batch in one.engine.recent_batches()]
 
     async def check_health(self) -> None:
         """Raises RuntimeError when an engine does not work; Ray Serve then replaces the replica.

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from PIL import Image
@@ -136,10 +136,6 @@ class MLLMStage(Stage[Conditioner]):
             work=self._worker.stats(),
             cache=self._cache.stats(),
         )
-
-    def recent_batches(self) -> list[tuple[Any, ...]]:
-        """Compatibility keys of the items of each recent batch."""
-        return self._worker.recent_batches()
 
     async def check_health(self) -> None:
         """Raises RuntimeError when the model does not work; Ray Serve then replaces the replica.

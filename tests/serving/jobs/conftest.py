@@ -20,9 +20,8 @@ from serving.jobs.store import JobStore
 from serving.stages.diffusion import DiffusionStage
 from serving.stages.messages import BundleInfo
 from serving.stages.mllm import MLLMStage
-from serving.storage.artifacts import ArtifactStore
+from serving.storage.artifacts import ArtifactStore, open_blobs
 from serving.storage.blobs import LocalBlobs
-from serving.storage.stores import open_blobs
 from serving.telemetry.metrics import Meter, unmetered
 from serving.telemetry.tracing import NO_SPANS, Spans
 from tests.live import api_over
