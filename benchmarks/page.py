@@ -17,7 +17,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, for what is shared with the tests
 
 from tests.browser.chromium import find_chromium, open_browser
-from tests.live import keeping_api, listening, open_backend
+from tests.live import api_over, listening, open_backend
 
 LOOK = """async () => {
     const of = (type) => performance.getEntriesByType(type);
@@ -63,7 +63,7 @@ def main(config: BenchmarkConfig) -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         open_backend("tiny") as backend,
-        listening(keeping_api(backend, Path(folder))) as address,
+        listening(api_over(backend, Path(folder))) as address,
         open_browser() as browser,
     ):
         for _ in range(config.num_loads):

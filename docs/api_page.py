@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from mgie.bundle.embedded import ensure_bundle
-from mgie.config import ImageLimits
+from serving.api.opened import Opened
 from serving.api.responses import ANSWERS
 from serving.api.routes import build_api
+from serving.args import ServingArgs
 from serving.edits.in_process import InProcessBackend
-from serving.edits.results import ResultStore
-from serving.jobs.store import JobStore
 from serving.schema import CompletedEvent, PartialEvent
 from serving.stages.diffusion import DiffusionStage
 from serving.stages.mllm import MLLMStage
-from serving.storage.artifacts import ArtifactStore
 
 PAGE = Path(__file__).with_name("api.md")
 Schema = Mapping[str, Any]
@@ -34,13 +32,8 @@ def openapi_document() -> dict[str, Any]:
     mllm, diffusion = MLLMStage(folder, device="cpu"), DiffusionStage(folder, device="cpu")
     try:
         with tempfile.TemporaryDirectory() as results:
-            store = ArtifactStore.open(results, ttl_s=3600)
-            api = build_api(
-                InProcessBackend(mllm, diffusion),
-                timeout_s=60,
-                kept=ResultStore(store),
-                jobs=JobStore(store, limits=ImageLimits()),
-            )
+            args = ServingArgs(artifacts=results)
+            api = build_api(InProcessBackend(mllm, diffusion), args, Opened.of(args))
             return api.openapi()
     finally:
         mllm.close()

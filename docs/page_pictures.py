@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))  # run as a script, for what is shared with the te
 from playwright.sync_api import Browser, Page, expect  # noqa: E402
 
 from tests.browser.chromium import open_browser  # noqa: E402
-from tests.live import keeping_api, listening, open_backend  # noqa: E402
+from tests.live import api_over, listening, open_backend  # noqa: E402
 
 WIDE, NARROW = (1200, 800), (390, 800)
 SEED = 1
@@ -30,7 +30,7 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         open_backend("tiny") as backend,
-        listening(keeping_api(backend, Path(folder))) as address,
+        listening(api_over(backend, Path(folder))) as address,
         open_browser() as browser,
     ):
         page = opened(browser, address, wh=WIDE)

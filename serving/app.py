@@ -22,7 +22,8 @@ from mgie.bundle.record import required_parts
 from mgie.bundle.resolve import locate_bundles
 from mgie.config import DIFFUSION_PARTS
 from mgie.errors import ConfigError, MGIEError
-from serving.api.configured import Opened, configured_api
+from serving.api.opened import Opened
+from serving.api.routes import build_api
 from serving.args import ArgumentError, ServingArgs
 from serving.edits.cancellation import CancelBoard
 from serving.ray_backend import HandleBackend, HandleBoard
@@ -87,7 +88,9 @@ class Ingress:
             meter=meter,
         )
         # Serve's proxy puts x-request-id on every answer itself.
-        self._api = configured_api(args, backend, board=HandleBoard(board), meter=meter, adds_request_id=False)
+        self._api = build_api(
+            backend, args, Opened.of(args), board=HandleBoard(board), meter=meter, adds_request_id=False
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve in the replica, after the constructor."""

@@ -239,7 +239,7 @@ def _told(problem: ErrorDetails) -> str:
     name = str(problem["loc"][0])
     if problem["type"] == "extra_forbidden":
         similar = get_close_matches(name, ServingArgs.model_fields, n=1)
-        hint = f"did you mean {similar[0]}?" if similar else "docs/serving.md lists them all"
+        hint = f"did you mean {similar[0]}?" if similar else "serving/args.py describes them all"
         return f"there is no setting {quoted(name)}; {hint}"
     allowed = problem["msg"].replace("Input should be", "it must be")
     if problem["type"] == "string_pattern_mismatch":

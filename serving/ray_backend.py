@@ -19,11 +19,11 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from mgie.errors import EngineFullError, MGIEError
 from serving.deadline import within
-from serving.edits.backend import READY_TIMEOUT_S, EditEvent, EditOutcome, OnDerived, ServiceStats, same_bundles
+from serving.edits.backend import READY_TIMEOUT_S, EditEvent, EditOutcome, ServiceStats, same_bundles
 from serving.edits.call import EditCall
 from serving.edits.cancellation import CancelBoard
 from serving.errors import MixedVersionsError, StageUnavailableError
-from serving.stages.messages import BundleInfo, Derived, RenderedEdit, StageStats
+from serving.stages.messages import BundleInfo, RenderedEdit, StageStats
 from serving.telemetry.metrics import RETRIES, Meter
 
 if TYPE_CHECKING:
@@ -87,11 +87,6 @@ class HandleBackend:
         model = call.options.model
         return stage if model is None else stage.options(multiplexed_model_id=model)
 
-    async def _derive(self, call: EditCall, image: "ray.ObjectRef[bytes]") -> "_Called":
-        return await _call(
-            lambda _: self._for(self._mllm, call).derive.remote(image, call.options, timeout_s=call.left_s)
-        )
-
     def _wake_diffusion(self) -> None:
         """Has a sleeping diffusion stage start now, beside the MLLM's, rather than when there is a condition."""
 
@@ -102,24 +97,33 @@ class HandleBackend:
         if self._may_sleep and (self._waking is None or self._waking.done()):
             self._waking = asyncio.create_task(ask())
 
-    async def edit(self, call: EditCall, *, on_derived: OnDerived = lambda: None) -> EditOutcome:
+    async def stream(self, call: EditCall, *, is_watched: bool = True) -> AsyncGenerator[EditEvent, None]:
         """See `EditBackend`. During a roll-out it is begun again until both stages serve the same bundle."""
         with self._admitted():
             self._wake_diffusion()
             image = ray.put(call.image)
             while True:
                 try:
-                    return await self._edit(call, image, on_derived)
-                except MixedVersionsError as error:
+                    mllm = await _call(
+                        lambda _: self._for(self._mllm, call).derive.remote(image, call.options, timeout_s=call.left_s)
+                    )
+                    # Awaited, though a handle accepts unfinished arguments: the words are part of the answer, a failure
+                    # belongs to its stage, and only finished derivations may count as load of the diffusion stage. (Ray
+                    # 2.60 sees to the last point by itself: it queues a call when its arguments are there.)
+                    yield mllm.result
+                    if is_watched:
+                        async with contextlib.aclosing(self._render_stream(call, image, mllm)) as events:
+                            async for event in events:
+                                yield event
+                    else:
+                        yield await self._render(call, image, mllm)
+                except MixedVersionsError as error:  # comes before all events but `Derived`
                     logger.info("an edit is begun again: %s", error)
-                await asyncio.sleep(ROLL_OUT_POLL_S)
+                    await asyncio.sleep(ROLL_OUT_POLL_S)
+                else:
+                    return
 
-    async def _edit(self, call: EditCall, image: "ray.ObjectRef[bytes]", on_derived: OnDerived) -> EditOutcome:
-        mllm = await self._derive(call, image)
-        on_derived()
-        # Awaited, though a handle accepts unfinished arguments: the words are part of the answer, a failure belongs to
-        # its stage, and only finished derivations may count as load of the diffusion stage. (Ray 2.60 sees to the last
-        # point by itself: it queues a call when its arguments are there.)
+    async def _render(self, call: EditCall, image: "ray.ObjectRef[bytes]", mllm: "_Called") -> EditOutcome:
         diffusion = await _call(
             lambda retry: self._for(self._diffusion, call).render.remote(
                 image,
@@ -136,36 +140,15 @@ class HandleBackend:
                 self._meter(RETRIES, num_retries, stage=stage)
         return EditOutcome(derived=mllm.result, rendered=diffusion.result, retries=retries)
 
-    async def stream(self, call: EditCall) -> AsyncGenerator[EditEvent, None]:
-        """See `EditBackend`. A replica that dies under the diffusion ends the stream: half of it has been sent."""
-        with self._admitted():
-            async with contextlib.aclosing(self._stream(call)) as events:
-                async for event in events:
-                    yield event
-
-    async def _stream(self, call: EditCall) -> AsyncGenerator[EditEvent, None]:
-        self._wake_diffusion()
-        image = ray.put(call.image)
-        while True:
-            try:
-                async with contextlib.aclosing(self._stream_once(call, image)) as events:
-                    async for event in events:
-                        yield event
-            except MixedVersionsError as error:  # comes before all events but `Derived`
-                logger.info("an edit is begun again: %s", error)
-                await asyncio.sleep(ROLL_OUT_POLL_S)
-            else:
-                return
-
-    async def _stream_once(self, call: EditCall, image: "ray.ObjectRef[bytes]") -> AsyncGenerator[EditEvent, None]:
-        mllm = await self._derive(call, image)
-        derived: Derived = mllm.result
-        yield derived
+    async def _render_stream(
+        self, call: EditCall, image: "ray.ObjectRef[bytes]", mllm: "_Called"
+    ) -> AsyncGenerator[EditEvent, None]:
+        """A replica that dies ends it: half of it has been told."""
         stage: Any = self._for(self._diffusion, call).options(stream=True)
         events = stage.render_stream.remote(image, mllm.response, call.options, mask=call.mask, timeout_s=call.left_s)
         try:
             async for event in events:
-                yield EditOutcome(derived=derived, rendered=event) if isinstance(event, RenderedEdit) else event
+                yield EditOutcome(derived=mllm.result, rendered=event) if isinstance(event, RenderedEdit) else event
         except BackPressureError as error:
             raise EngineFullError("too many edits wait for a replica; try again later") from error
         except RayTaskError as error:

@@ -245,12 +245,9 @@ class EditResponse(BaseModel):
     mgie: EditDetails
 
 
-class PartialEvent(BaseModel):
-    """`image_edit.partial_image` of a stream."""
-
-    type: Literal["image_edit.partial_image"] = "image_edit.partial_image"
+class _PictureEvent(BaseModel):
+    type: str
     b64_json: str
-    partial_image_index: int
     created_at: int
     size: str
     quality: str = "auto"
@@ -258,16 +255,17 @@ class PartialEvent(BaseModel):
     output_format: OutputFormat
 
 
-class CompletedEvent(BaseModel):
+class PartialEvent(_PictureEvent):
+    """`image_edit.partial_image` of a stream."""
+
+    type: Literal["image_edit.partial_image"] = "image_edit.partial_image"
+    partial_image_index: int
+
+
+class CompletedEvent(_PictureEvent):
     """`image_edit.completed` of a stream: one per result, in the order of their seeds."""
 
     type: Literal["image_edit.completed"] = "image_edit.completed"
-    b64_json: str
-    created_at: int
-    size: str
-    quality: str
-    background: str
-    output_format: OutputFormat
     usage: Usage
     mgie: EditDetails
 

@@ -86,12 +86,13 @@ async def serve_all(config: BenchmarkConfig, calls: list[EditCall], *, max_batch
         config.bundle, max_batch_rows=ROWS * max_batch_size, max_waiting=config.num_edits, **given
     )
     backend = InProcessBackend(mllm, diffusion)
-    await backend.edit(calls[0])  # warm
+    _ = [event async for event in backend.stream(calls[0])]  # warm
     warm = await backend.stats()
     started_s = time.perf_counter()
 
     async def one(call: EditCall) -> tuple[EditOutcome, float]:
-        outcome = await backend.edit(call)
+        *_, outcome = [event async for event in backend.stream(call, is_watched=False)]
+        assert isinstance(outcome, EditOutcome)
         return outcome, time.perf_counter() - started_s
 
     answered = await asyncio.gather(*(one(call) for call in calls))

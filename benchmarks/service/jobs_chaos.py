@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script,
 
 from serving.args import ServingArgs
 from serving.demo import draw_landscape
+from serving.edits.backend import EditOutcome
 from serving.edits.call import EditCall, edit_options
 from serving.edits.in_process import InProcessBackend
 from serving.jobs.webhooks import SECRET_VARIABLE
@@ -256,7 +257,9 @@ async def undisturbed(config: BenchmarkConfig, client: Client, photo: bytes) -> 
     for job in client.jobs[: config.distinct]:
         form = EditForm.model_validate(client.fields(job))
         call = EditCall(image=photo, options=edit_options(form), deadline=time.monotonic() + 600)
-        digests.append(digest((await backend.edit(call)).rendered.images[0]))
+        *_, outcome = [event async for event in backend.stream(call, is_watched=False)]
+        assert isinstance(outcome, EditOutcome)
+        digests.append(digest(outcome.rendered.images[0]))
     mllm.close()
     diffusion.close()
     return digests

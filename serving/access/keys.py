@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, Field, ValidationError
 
 from mgie.errors import ConfigError
 from serving.access.limits import Allowance, KeyLimits
@@ -32,31 +32,15 @@ PREFIX, NUM_RANDOM_BYTES = "mgie-", 32
 WATCH_EVERY_S = 3.0
 VARIABLE = "MGIE_API_KEYS"  # environment variable with the same text as the file
 
-Limit = Annotated[int, Field(strict=True, ge=1)] | None
 
-
-class ApiKey(BaseModel):
+class ApiKey(KeyLimits):
     """One entry of the file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,64}$")]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    requests_per_minute: Limit = None
-    max_concurrent: Limit = None
-    pixel_steps_per_minute: Limit = None
     priority: Priority | None = None
     "None: interactive, and batch for jobs"
     expires: AwareDatetime | None = None
-
-    @property
-    def limits(self) -> KeyLimits:
-        """How much it may use."""
-        return KeyLimits(
-            requests_per_minute=self.requests_per_minute,
-            max_concurrent=self.max_concurrent,
-            pixel_steps_per_minute=self.pixel_steps_per_minute,
-        )
 
 
 @dataclass(frozen=True)
@@ -222,8 +206,8 @@ class KeyRing:
         allowances = {caller.key.name: caller.allowance for caller in self.callers}
         callers = []
         for key in keys.values():
-            allowance = allowances.get(key.name) or self._new_allowance(key.limits)
-            allowance.limit(key.limits)
+            allowance = allowances.get(key.name) or self._new_allowance(key)
+            allowance.limit(key)
             callers.append(Caller(key, allowance))
         self.callers = tuple(callers)
         logger.info("%d API keys are valid: %s", len(keys), ", ".join(keys))

@@ -10,6 +10,9 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from mgie.config import MAX_INSTRUCTION_CHARS, MAX_RESULTS, MAX_STEPS
 from mgie.errors import DeadlineError
@@ -25,14 +28,18 @@ RETRY_AFTER_S = 1.0  # when an edit of the key's will have ended cannot be told
 _PAID_ERRORS = (asyncio.CancelledError, GeneratorExit, CancelledEditError, DeadlineError, ContentPolicyError)
 
 
-@dataclass(frozen=True, kw_only=True)
-class KeyLimits:
+Limit = Annotated[int, Field(strict=True, ge=1)] | None
+
+
+class KeyLimits(BaseModel):
     """What one key may use; None: no limit."""
 
-    requests_per_minute: int | None = None
-    max_concurrent: int | None = None
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    requests_per_minute: Limit = None
+    max_concurrent: Limit = None
     "edits under way whose answer has not ended"
-    pixel_steps_per_minute: int | None = None
+    pixel_steps_per_minute: Limit = None
 
 
 @dataclass(frozen=True, kw_only=True)

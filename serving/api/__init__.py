@@ -9,6 +9,6 @@ job_routes.py    the HTTP side of jobs
 edit_routes.py   the HTTP side of edits
 info_routes.py   models, readiness, figures
 page.py          the page's files
+opened.py        store, keys, checks and spans of a replica
 routes.py        the application with all of them
-configured.py    the same from the arguments of a service
 """

@@ -1,5 +1,6 @@
 """The HTTP side of edits: doing one while the client waits, cancelling it, reading a result that was kept."""
 
+import asyncio
 import time
 
 from fastapi import APIRouter, Request, Response
@@ -11,10 +12,11 @@ from serving.api.middleware import cancel_on_disconnect
 from serving.api.request_body import FORM_TYPE, JSON_TYPE, read_form
 from serving.api.responses import documented, edit_response
 from serving.api.sse import event_stream
+from serving.args import ServingArgs
 from serving.edits.cancellation import owned_id
 from serving.edits.results import ResultStore
 from serving.edits.service import EditService, edit_deadline
-from serving.errors import NotFoundError, RequestError
+from serving.errors import RequestError
 from serving.schema import EditResponse, form_schema, json_schema
 from serving.storage.artifacts import ARTIFACT_PATH
 from serving.telemetry.tracing import trace_of
@@ -27,23 +29,13 @@ class EditApi:
 
     Args:
         service: What edits.
-        jobs: Takes the edits that are to be jobs; None: there are none.
-        kept: Where results are kept; None: nowhere.
-        timeout_s, public_url, logs_prompts: See `build_api`.
+        jobs: Takes the edits that are to be jobs.
+        kept: Where results are kept.
+        args: Of the service.
     """
 
-    def __init__(
-        self,
-        service: EditService,
-        jobs: JobApi | None,
-        kept: ResultStore | None,
-        *,
-        timeout_s: float,
-        public_url: str | None,
-        logs_prompts: bool,
-    ) -> None:
-        self._service, self._jobs, self._kept = service, jobs, kept
-        self._timeout_s, self._public_url, self._logs_prompts = timeout_s, public_url, logs_prompts
+    def __init__(self, service: EditService, jobs: JobApi, kept: ResultStore, args: ServingArgs) -> None:
+        self._service, self._jobs, self._kept, self._args = service, jobs, kept, args
 
     def router(self) -> APIRouter:
         """Routes of edits and of their results."""
@@ -81,15 +73,15 @@ class EditApi:
 
     async def edit_image(self, request: Request) -> Response:
         """200 with the results, a stream of events, or 202 with a job."""
-        started_s, timeout_s = time.monotonic(), self._timeout_s
+        started_s, timeout_s = time.monotonic(), self._args.timeout_s
         async with edit_deadline(timeout_s, started_s):
-            wants_job = is_job(request, has_jobs=self._jobs is not None)
+            wants_job = is_job(request)
             if not wants_job:
                 self._service.check_room()  # before the body is read: under overload a refusal has to be cheap
             form = await read_form(request)
-            if self._logs_prompts:
+            if self._args.log_prompts:
                 request.state.logged_words = {"prompt": form.prompt, "expressive": form.expressive}
-            if self._jobs is not None and wants_job:
+            if wants_job:
                 return await self._jobs.accept(request, form)
         check_no_job(form)
         allowed_s = timeout_s if form.timeout_s is None else form.timeout_s
@@ -99,7 +91,7 @@ class EditApi:
             accepted = await self._service.accept(
                 form,
                 edit_id=request.state.request_id,
-                base_url=self._public_url or str(request.base_url),
+                base_url=self._args.public_url or str(request.base_url),
                 started_s=started_s,
                 deadline=started_s + allowed_s,
                 caller=request.state.caller,
@@ -120,9 +112,7 @@ class EditApi:
 
     async def kept_file(self, name: str) -> Response:
         """200 with the file."""
-        if self._kept is None:
-            raise NotFoundError("this service keeps no results")
-        artifact, data = await self._kept.read(name)
+        artifact, data = await asyncio.to_thread(self._kept.read, name)
         left_s = max(0, int(artifact.expires_s - time.time()))
         headers = {"cache-control": f"private, max-age={left_s}, immutable", "x-content-type-options": "nosniff"}
         return Response(data, media_type=artifact.content_type, headers=headers)

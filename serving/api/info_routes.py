@@ -34,12 +34,8 @@ def info_router(service: EditService, backend: EditBackend, limits: EditLimits) 
                     owned_by="mgie",
                     mgie=ModelDetails(
                         bundle=bundle.identity,
-                        trained=bundle.trained,
-                        made_by=bundle.made_by,
-                        work_area_px=bundle.work_area_px,
-                        defaults=dict(bundle.defaults),
                         limits={name.removeprefix("max_"): most for name, most in asdict(limits).items()},
-                        examples=list(bundle.examples),
+                        **asdict(bundle),
                     ),
                 )
                 for bundle in await _or_unavailable(service.models())

@@ -64,16 +64,14 @@ class ApiWording:
         return answer.status_code, told
 
 
-def is_job(request: Request, *, has_jobs: bool) -> bool:
+def is_job(request: Request) -> bool:
     """Whether the answer to an edit is to be a job.
 
     Raises:
-        RequestError: It is, but the service has none; or there is an idempotency key, which only a job can have.
+        RequestError: It is not, and there is an idempotency key, which only a job can have.
     """
     preferences = ",".join(request.headers.getlist("prefer")).split(",")
     if any(preference.partition(";")[0].strip().lower() == "respond-async" for preference in preferences):
-        if not has_jobs:
-            raise _refused("Prefer", request.headers["prefer"], "this service takes no jobs")
         return True
     if "idempotency-key" in request.headers:
         raise _refused("Idempotency-Key", request.headers["idempotency-key"], "it goes with Prefer: respond-async only")

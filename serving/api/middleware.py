@@ -92,34 +92,37 @@ class BoundaryMiddleware:
             await answer_error(error, request_id)(scope, receive, send_with_id)
 
 
-class MeterMiddleware:
-    """Counts and times what requests to edit are answered: what the client was told, whoever said it.
+class RecordMiddleware:
+    """Writes a line for each request when its answer has ended; counts and times those that ask for an edit.
+
+    What is told is what the client was told, whoever said it. Of a path the pattern is logged, since a path may hold the id
+    of a file, which is all that it takes to read it.
 
     Args:
         app: The application inside.
         meter: Takes the figures.
-        path: Of the requests, which are POSTs.
+        edits_path: POSTs to it ask for an edit.
     """
 
-    def __init__(self, app: ASGIApp, *, meter: Meter, path: str) -> None:
-        self._app, self._meter, self._path = app, meter, path
+    def __init__(self, app: ASGIApp, *, meter: Meter, edits_path: str) -> None:
+        self._app, self._meter, self._edits_path = app, meter, edits_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        if scope["type"] != "http" or scope["path"] != self._path or scope["method"] != "POST":
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         started_s = time.monotonic()
-        begun, code = 0, None
+        status, code = CLIENT_GONE, None  # unless it is answered
 
         async def watched_send(message: Message) -> None:
-            nonlocal begun, code
+            nonlocal status, code
             await send(message)
             if message["type"] == "http.response.start":
-                begun = message["status"]
+                status = message["status"]
             elif code is None:
                 body = message.get("body", b"")
-                if begun >= 400 or body.startswith(_STREAMED_ERROR):
+                if status >= 400 or body.startswith(_STREAMED_ERROR):
                     code = _error_code(body)
                 elif not message.get("more_body", False):
                     code = "ok"
@@ -127,10 +130,13 @@ class MeterMiddleware:
         try:
             await self._app(scope, receive, watched_send)
         finally:
-            # Without an end, or an answer at all, the client went away.
-            status, code = ("499", "client_gone") if code is None else (str(begun), code)
-            self._meter(EDITS, status=status, code=code)
-            self._meter(EDIT_SECONDS, time.monotonic() - started_s, status=status)
+            duration_s = time.monotonic() - started_s
+            _log_request(scope, status, duration_s)
+            if (scope["method"], scope["path"]) == ("POST", self._edits_path):
+                # Without an end, or an answer at all, the client went away.
+                status, code = (CLIENT_GONE, "client_gone") if code is None else (status, code)
+                self._meter(EDITS, status=str(status), code=code)
+                self._meter(EDIT_SECONDS, duration_s, status=str(status))
 
 
 def _error_code(body: bytes) -> str:
@@ -168,38 +174,6 @@ async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T]) -
         watch.cancel()
         task.cancel()
         await asyncio.wait((task, watch))
-
-
-class LogMiddleware:
-    """Writes a line for each request when its answer has ended.
-
-    Of its path the pattern is told, since a path may hold the id of a file, which is all that it takes to read it.
-
-    Args:
-        app: The application inside.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        started_s = time.monotonic()
-        status = CLIENT_GONE  # unless it is answered
-
-        async def watched_send(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, watched_send)
-        finally:
-            _log_request(scope, status, time.monotonic() - started_s)
 
 
 def _log_request(scope: Mapping[str, Any], status: int, duration_s: float) -> None:

@@ -13,86 +13,67 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
-from mgie.config import ImageLimits
 from mgie.errors import MGIEError
-from serving.access.keys import KeyRing
-from serving.access.limits import EditLimits
 from serving.api.access_gate import AccessMiddleware, watched
 from serving.api.edit_routes import EDITS_PATH, EditApi
 from serving.api.info_routes import info_router
 from serving.api.job_routes import ApiWording, JobApi
-from serving.api.middleware import BoundaryMiddleware, LogMiddleware, MeterMiddleware
+from serving.api.middleware import BoundaryMiddleware, RecordMiddleware
+from serving.api.opened import Opened
 from serving.api.page import add_page
 from serving.api.responses import answer_error, documented
+from serving.args import ServingArgs
 from serving.edits.backend import EditBackend
 from serving.edits.cancellation import Board
 from serving.edits.results import ResultStore
-from serving.edits.service import BATCH_PATIENCE_S, EditService
-from serving.jobs.runner import JobRunner, JobSettings
+from serving.edits.service import EditService
+from serving.jobs.runner import JobRunner
 from serving.jobs.store import JobStore
 from serving.schema import FORM_OVERHEAD_BYTES
 from serving.telemetry.metrics import Meter, unmetered
-from serving.telemetry.tracing import NO_SPANS, Spans
 
 logger = logging.getLogger("serving.api.routes")
 
 
 def build_api(
     backend: EditBackend,
+    args: ServingArgs,
+    opened: Opened,
     *,
-    timeout_s: float,
-    limits: ImageLimits = ImageLimits(),  # noqa: B008  # frozen
-    kept: ResultStore | None = None,
-    jobs: JobStore | None = None,
-    job_settings: JobSettings = JobSettings(),  # noqa: B008  frozen
     board: Board | None = None,
-    public_url: str | None = None,
-    adds_request_id: bool = True,
     meter: Meter = unmetered,
-    spans: Spans = NO_SPANS,
-    keys: KeyRing | None = None,
-    edit_limits: EditLimits = EditLimits(),  # noqa: B008  frozen
-    batch_patience_s: float = BATCH_PATIENCE_S,
-    logs_prompts: bool = False,
+    adds_request_id: bool = True,
 ) -> FastAPI:
     """The HTTP application.
 
     Args:
         backend: What edits.
-        timeout_s: Deadline of an edit, from its first byte; a request may ask for a shorter one.
-        limits: Of the image; the body may be slightly larger.
-        kept: Where results are kept; None: what needs it is refused.
-        jobs: Where jobs are; None: none are accepted.
-        job_settings: How they are run.
-        board: Reaches the edits of other replicas of this application.
-        public_url: Where clients reach the service; None: as the request says.
-        adds_request_id: See `BoundaryMiddleware`.
+        args: Limits, deadlines and addresses; those of the stages are not looked at.
+        opened: What was opened for them.
+        board: Reaches the edits of other replicas of this application; None: there are none.
         meter: Takes figures of the answers.
-        spans: Of the edits.
-        keys: Who may use it; None: everybody.
-        edit_limits: Of what one edit may ask for.
-        batch_patience_s: See `EditService`.
-        logs_prompts: Write the words of users into the log, too.
+        adds_request_id: See `BoundaryMiddleware`.
     """
+    kept = ResultStore(opened.store, keeps_all=args.keep_results)
     service = EditService(
         backend,
-        limits=limits,
+        limits=args.limits,
         kept=kept,
         board=board,
-        edit_limits=edit_limits,
-        batch_patience_s=batch_patience_s,
-        spans=spans,
+        edit_limits=args.edit_limits,
+        batch_patience_s=args.batch_patience_s,
+        safety_check=opened.safety_check,
+        spans=opened.spans,
     )
-    runner = job_api = None
-    if jobs is not None:
-        runner = JobRunner(jobs, service, settings=job_settings, wording=ApiWording(), meter=meter)
-        job_api = JobApi(jobs, runner, service, settings=job_settings, public_url=public_url, meter=meter)
+    jobs = JobStore(opened.store, limits=args.limits)
+    runner = JobRunner(jobs, service, settings=opened.jobs, wording=ApiWording(), meter=meter)
+    job_api = JobApi(jobs, runner, service, settings=opened.jobs, public_url=args.public_url, meter=meter)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        if keys is None:
+        if opened.keys is None:
             logger.warning("there are no API keys: the service is open to everybody who reaches its port")
-        async with watched(keys), service.at_work(), runner.at_work() if runner else contextlib.nullcontext():
+        async with watched(opened.keys), service.at_work(), runner.at_work():
             yield
 
     api = FastAPI(
@@ -104,19 +85,20 @@ def build_api(
         # For the document alone: the gate has decided long before.
         dependencies=[Depends(HTTPBearer(auto_error=False, description="An API key, where the service has keys"))],
     )
-    api.add_middleware(AccessMiddleware, keys=keys)
+    api.add_middleware(AccessMiddleware, keys=opened.keys)
     api.add_middleware(
-        BoundaryMiddleware, max_body_bytes=limits.max_bytes + FORM_OVERHEAD_BYTES, adds_request_id=adds_request_id
+        BoundaryMiddleware, max_body_bytes=args.limits.max_bytes + FORM_OVERHEAD_BYTES, adds_request_id=adds_request_id
     )
-    api.add_middleware(MeterMiddleware, meter=meter, path=EDITS_PATH)
-    api.add_middleware(LogMiddleware)  # added last: outside of all others
+    # Added last: outside of all others.
+    api.add_middleware(RecordMiddleware, meter=meter, edits_path=EDITS_PATH)
     for kind in (MGIEError, HTTPException, RequestValidationError):
         api.add_exception_handler(kind, _handle)
-    edits = EditApi(service, job_api, kept, timeout_s=timeout_s, public_url=public_url, logs_prompts=logs_prompts)
-    api.include_router(edits.router())
-    api.include_router(info_router(service, backend, edit_limits))
-    if job_api is not None:
-        api.include_router(job_api.router())
+    for router in (
+        EditApi(service, job_api, kept, args).router(),
+        info_router(service, backend, args.edit_limits),
+        job_api.router(),
+    ):
+        api.include_router(router)
     add_page(api)
     return api
 

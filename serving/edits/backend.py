@@ -3,7 +3,7 @@
 `in_process.py` and `ray_backend.py` make one each. Knows neither HTTP nor Ray.
 """
 
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Protocol
@@ -38,26 +38,29 @@ class ServiceStats:
 
 
 EditEvent = Derived | Stepped | Partial | EditOutcome
-OnDerived = Callable[[], object]
+
+
+def pictures_of(event: EditEvent) -> Sequence[bytes]:
+    """The encoded pictures in an event."""
+    if isinstance(event, EditOutcome):
+        return event.rendered.images
+    return [event.data] if isinstance(event, Partial) else ()
 
 
 class EditBackend(Protocol):
     """Anything that can edit."""
 
-    async def edit(self, call: EditCall, *, on_derived: OnDerived = lambda: None) -> EditOutcome:
-        """Runs both stages. Cancelling it frees what it holds.
+    def stream(self, call: EditCall, *, is_watched: bool = True) -> AsyncGenerator[EditEvent, None]:
+        """Runs both stages: `Derived` first, `EditOutcome` last. Closing it frees what it holds.
 
         Args:
             call: The edit.
-            on_derived: Told when the first stage is done and the second begins.
+            is_watched: Tell of steps and pictures on the way. What nobody watches can be run again unnoticed, where
+                something dies under it.
 
         Raises:
             MGIEError: See the table in `api/responses.py`.
         """
-        ...
-
-    def stream(self, call: EditCall) -> AsyncGenerator[EditEvent, None]:
-        """The same step by step: `Derived` first, `EditOutcome` last. Closing it frees what it holds."""
         ...
 
     def check_room(self) -> None:

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import AsyncGenerator
 
-from serving.edits.backend import EditEvent, EditOutcome, OnDerived, ServiceStats, same_bundles
+from serving.edits.backend import EditEvent, EditOutcome, ServiceStats, same_bundles
 from serving.edits.call import EditCall
 from serving.stages.diffusion import DiffusionStage
 from serving.stages.messages import BundleInfo, RenderedEdit
@@ -17,23 +17,17 @@ class InProcessBackend:
         self._mllm = mllm
         self._diffusion = diffusion
 
-    async def edit(self, call: EditCall, *, on_derived: OnDerived = lambda: None) -> EditOutcome:
-        """See `EditBackend`."""
-        derived = await self._mllm.derive(call.image, call.options, timeout_s=call.left_s)
-        on_derived()
-        rendered = await self._diffusion.render(
-            call.image, derived, call.options, mask=call.mask, timeout_s=call.left_s
-        )
-        return EditOutcome(derived=derived, rendered=rendered)
-
-    async def stream(self, call: EditCall) -> AsyncGenerator[EditEvent, None]:
+    async def stream(self, call: EditCall, *, is_watched: bool = True) -> AsyncGenerator[EditEvent, None]:
         """See `EditBackend`."""
         derived = await self._mllm.derive(call.image, call.options, timeout_s=call.left_s)
         yield derived
         events = self._diffusion.render_stream(call.image, derived, call.options, mask=call.mask, timeout_s=call.left_s)
         async with contextlib.aclosing(events):
             async for event in events:
-                yield EditOutcome(derived=derived, rendered=event) if isinstance(event, RenderedEdit) else event
+                if isinstance(event, RenderedEdit):
+                    yield EditOutcome(derived=derived, rendered=event)
+                elif is_watched:
+                    yield event
 
     def check_room(self) -> None:
         """See `EditBackend`. The stages say it themselves."""

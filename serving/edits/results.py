@@ -39,7 +39,7 @@ class StoredResult:
 
 
 class ResultStore:
-    """Keeps results in a store.
+    """Keeps results in a store. Methods block.
 
     Args:
         store: Where they lie.
@@ -50,7 +50,7 @@ class ResultStore:
         self._store = store
         self.keeps_all = keeps_all
 
-    async def keep(self, edit_id: str, options: EditOptions, outcome: EditOutcome, *, owner: str = "") -> StoredResult:
+    def keep(self, edit_id: str, options: EditOptions, outcome: EditOutcome, *, owner: str = "") -> StoredResult:
         """Keeps the results of an edit whose options have `keeps_lossless`; a repeated id stands for its last edit.
 
         Args:
@@ -62,54 +62,7 @@ class ResultStore:
         Raises:
             StoreError: The store is in trouble.
         """
-        return await asyncio.to_thread(self._keep, _document_name(edit_id, owner), options, outcome)
-
-    async def store(self, options: EditOptions, outcome: EditOutcome, *, is_durable: bool = False) -> StoredResult:
-        """The same without a name: nobody finds them but by the ids returned.
-
-        Args:
-            is_durable: See `ArtifactStore.put`.
-        """
-        return await asyncio.to_thread(self._store_images, options, outcome, is_durable=is_durable)
-
-    async def previous(self, name: str, *, owner: str = "") -> bytes:
-        """The PNG of an earlier result of the same owner.
-
-        Args:
-            name: Id of its edit; `id:1` is the second of several results.
-            owner: As when it was kept.
-
-        Raises:
-            NotFoundError: It was not kept, or is not there any more.
-            StoreError: The store is in trouble.
-        """
-        return await asyncio.to_thread(self._previous, name, owner)
-
-    async def read(self, artifact_id: str) -> tuple[Artifact, bytes]:
-        """A file and its record.
-
-        Raises:
-            NotFoundError: There is none (any more).
-            StoreError: The store is in trouble.
-        """
-        return await asyncio.to_thread(self._store.read, artifact_id)
-
-    def url(self, artifact_id: str, base_url: str) -> str:
-        """An address of a file, that works until it expires; arguments as those of `ArtifactStore.url`."""
-        return self._store.url(artifact_id, base_url)
-
-    async def sweep(self) -> None:
-        """Deletes what has expired, again and again; never returns."""
-        while True:
-            await asyncio.sleep(SWEEP_EVERY_S * random.uniform(0.5, 1.5))  # noqa: S311  so that replicas take turns
-            try:
-                while await asyncio.to_thread(self._store.sweep, MAX_SWEPT) >= MAX_SWEPT:
-                    pass
-            except StoreError as error:
-                logger.warning("expired results could not be deleted: %s", error)
-
-    def _keep(self, name: str, options: EditOptions, outcome: EditOutcome) -> StoredResult:
-        kept = self._store_images(options, outcome, is_durable=False)
+        name, kept = _document_name(edit_id, owner), self.store(options, outcome)
         content = {"results": kept.lossless}
         if self._store.create("edit", name, content) is None:
             old = self._store.find("edit", name)
@@ -117,7 +70,12 @@ class ResultStore:
                 logger.warning("two edits with the same id were kept at once; one of them cannot be found by it")
         return kept
 
-    def _store_images(self, options: EditOptions, outcome: EditOutcome, *, is_durable: bool) -> StoredResult:
+    def store(self, options: EditOptions, outcome: EditOutcome, *, is_durable: bool = False) -> StoredResult:
+        """The same without a name: nobody finds them but by the ids returned.
+
+        Args:
+            is_durable: See `ArtifactStore.put`.
+        """
         rendered, derived = outcome.rendered, outcome.derived
         files, lossless, expiries_s = [], [], []
         pngs: Sequence[bytes | None] = rendered.lossless or [None] * len(rendered.images)
@@ -146,7 +104,17 @@ class ResultStore:
             files.append(artifact.id)
         return StoredResult(files=files, lossless=lossless, expires_s=min(expiries_s))
 
-    def _previous(self, name: str, owner: str) -> bytes:
+    def previous(self, name: str, *, owner: str = "") -> bytes:
+        """The PNG of an earlier result of the same owner.
+
+        Args:
+            name: Id of its edit; `id:1` is the second of several results.
+            owner: As when it was kept.
+
+        Raises:
+            NotFoundError: It was not kept, or is not there any more.
+            StoreError: The store is in trouble.
+        """
         match = _PREVIOUS.fullmatch(name)
         assert match is not None  # the pattern takes anything
         number = int(match[2] or 0)
@@ -165,6 +133,29 @@ class ResultStore:
             pass
         message = f"previous is {quoted(name)}; no such result was kept, or it has expired"
         raise NotFoundError(message, param="previous", code="previous_not_found")
+
+    def read(self, artifact_id: str) -> tuple[Artifact, bytes]:
+        """A file and its record.
+
+        Raises:
+            NotFoundError: There is none (any more).
+            StoreError: The store is in trouble.
+        """
+        return self._store.read(artifact_id)
+
+    def url(self, artifact_id: str, base_url: str) -> str:
+        """An address of a file, that works until it expires; arguments as those of `ArtifactStore.url`."""
+        return self._store.url(artifact_id, base_url)
+
+    async def sweep(self) -> None:
+        """Deletes what has expired, again and again; never returns."""
+        while True:
+            await asyncio.sleep(SWEEP_EVERY_S * random.uniform(0.5, 1.5))  # noqa: S311  so that replicas take turns
+            try:
+                while await asyncio.to_thread(self._store.sweep, MAX_SWEPT) >= MAX_SWEPT:
+                    pass
+            except StoreError as error:
+                logger.warning("expired results could not be deleted: %s", error)
 
 
 def _document_name(edit_id: str, owner: str) -> str:

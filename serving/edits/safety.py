@@ -5,12 +5,12 @@ way included. Where the check itself fails the edit fails: nothing passes unchec
 """
 
 import asyncio
-import contextlib
 import importlib
 import re
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Literal, Protocol
 
 from PIL import Image
@@ -18,10 +18,8 @@ from PIL import Image
 from mgie.config import ImageLimits
 from mgie.errors import ConfigError
 from mgie.images.files import read_image
-from serving.edits.backend import EditBackend, EditEvent, EditOutcome, OnDerived, ServiceStats
-from serving.edits.call import EditCall
 from serving.errors import ContentPolicyError, SafetyCheckError
-from serving.stages.messages import BundleInfo, Partial
+from serving.stages.messages import EditOptions
 
 Where = Literal["input", "output"]
 
@@ -53,69 +51,37 @@ def load_check(name: str) -> SafetyCheck:
     return check
 
 
-class CheckedBackend:
-    """An `EditBackend` that asks the operator's check before and after another.
+class SafetyGate:
+    """Asks the operator's check.
 
     Args:
-        backend: What edits.
-        check: The operator's.
-        limits: Of the photo.
+        check: The operator's; None: all passes.
+        limits: Of a photo.
     """
 
-    def __init__(self, backend: EditBackend, check: SafetyCheck, *, limits: ImageLimits) -> None:
-        self._backend, self._check = backend, check
+    def __init__(self, check: SafetyCheck | None, *, limits: ImageLimits) -> None:
+        self._check = check
         self._limits = replace(limits, max_bytes=sys.maxsize)  # the ingress has counted an upload's
 
-    async def edit(self, call: EditCall, *, on_derived: OnDerived = lambda: None) -> EditOutcome:
-        """See `EditBackend`. Raises ContentPolicyError and SafetyCheckError, too."""
-        await self._ask(call, call.image, "input")
-        outcome = await self._backend.edit(call, on_derived=on_derived)
-        await self._ask_of_results(call, outcome)
-        return outcome
+    async def ask(self, options: EditOptions, pictures: Sequence[bytes], where: Where) -> None:
+        """Returns if the pictures of an edit may pass.
 
-    async def stream(self, call: EditCall) -> AsyncGenerator[EditEvent, None]:
-        """See `EditBackend`. Raises ContentPolicyError and SafetyCheckError, too."""
-        await self._ask(call, call.image, "input")
-        async with contextlib.aclosing(self._backend.stream(call)) as events:
-            async for event in events:
-                if isinstance(event, Partial):
-                    await self._ask(call, event.data, "output")
-                elif isinstance(event, EditOutcome):
-                    await self._ask_of_results(call, event)
-                yield event
-
-    def check_room(self) -> None:
-        """See `EditBackend`."""
-        self._backend.check_room()
-
-    async def models(self) -> tuple[BundleInfo, ...]:
-        """See `EditBackend`."""
-        return await self._backend.models()
-
-    async def check_ready(self) -> None:
-        """See `EditBackend`."""
-        await self._backend.check_ready()
-
-    async def stats(self) -> ServiceStats:
-        """See `EditBackend`."""
-        return await self._backend.stats()
-
-    async def _ask_of_results(self, call: EditCall, outcome: EditOutcome) -> None:
-        for image in outcome.rendered.images:
-            await self._ask(call, image, "output")
-
-    async def _ask(self, call: EditCall, image: bytes, where: Where) -> None:
+        Raises:
+            ContentPolicyError: They may not. SafetyCheckError: That cannot be told.
+        """
+        if self._check is None:
+            return
         # Words that a user puts into the model's mouth are the user's.
-        for instruction in (call.options.instruction, call.options.expressive):
-            if instruction is not None:
-                reason = await asyncio.to_thread(self._reason, image, instruction, where)
-                if reason is not None:
-                    raise ContentPolicyError(f"the {where} was refused by the safety check: {reason}")
+        words = [text for text in (options.instruction, options.expressive) if text is not None]
+        for picture, text in product(pictures, words):
+            reason = await asyncio.to_thread(self._reason, self._check, picture, text, where)
+            if reason is not None:
+                raise ContentPolicyError(f"the {where} was refused by the safety check: {reason}")
 
-    def _reason(self, image: bytes, instruction: str, where: Where) -> str | None:
+    def _reason(self, check: SafetyCheck, image: bytes, instruction: str, where: Where) -> str | None:
         picture = read_image(image, limits=self._limits)
         try:
-            reason = self._check(picture, instruction, where=where)
+            reason = check(picture, instruction, where=where)
         except Exception as error:  # whatever it is, it is no consent
             raise SafetyCheckError(f"the safety check failed on an {where}: {error!r}") from error
         if reason is not None and not isinstance(reason, str):

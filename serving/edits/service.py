@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 
@@ -18,10 +18,11 @@ from mgie.images.files import read_image
 from serving.access.keys import Caller
 from serving.access.limits import Charge, EditLimits, pixel_steps
 from serving.deadline import within
-from serving.edits.backend import EditBackend, EditEvent, EditOutcome
+from serving.edits.backend import EditBackend, EditEvent, EditOutcome, pictures_of
 from serving.edits.call import EditCall, edit_options
 from serving.edits.cancellation import Board, RunningEdits, owned_id
 from serving.edits.results import ResultStore
+from serving.edits.safety import SafetyCheck, SafetyGate
 from serving.errors import NotFoundError, RequestError, quoted
 from serving.schema import MAX_SIDE_PX, MIN_SIDE_PX, EditForm, Priority
 from serving.stages.messages import BundleInfo
@@ -79,10 +80,11 @@ class EditService:
     Args:
         backend: What edits.
         limits: Of the photo and of the result.
-        kept: Where results are kept; None: none are.
+        kept: Where results are kept.
         board: Reaches the edits of other replicas of the ingress; None: there are none.
         edit_limits: Of what one edit may ask for.
         batch_patience_s: So much later an interactive edit may come and still pass a batch edit in line.
+        safety_check: The operator's; None: there is none.
         spans: Of the edits.
     """
 
@@ -91,12 +93,14 @@ class EditService:
         backend: EditBackend,
         *,
         limits: ImageLimits,
-        kept: ResultStore | None = None,
+        kept: ResultStore,
         board: Board | None = None,
         edit_limits: EditLimits = EditLimits(),  # noqa: B008  frozen
         batch_patience_s: float = BATCH_PATIENCE_S,
+        safety_check: SafetyCheck | None = None,
         spans: Spans = NO_SPANS,
     ) -> None:
+        self._safety = SafetyGate(safety_check, limits=limits)
         self._backend, self._limits, self._kept = backend, limits, kept
         self._edit_limits, self._batch_patience_s = edit_limits, batch_patience_s
         self._models: tuple[BundleInfo, ...] = ()
@@ -138,7 +142,7 @@ class EditService:
 
         Raises:
             NotFoundError: There is no such bundle or earlier result.
-            RequestError: The size does not fit the photo, nothing is kept here, or it is more than may be asked for.
+            RequestError: The size does not fit the photo, or it is more than may be asked for.
             LimitError: The key has not enough left.
             ImageError: The photo cannot be edited; found here only where its size matters.
             MGIEError: The stages or the store are in trouble.
@@ -146,21 +150,13 @@ class EditService:
         self._edit_limits.check(form)
         bundle = named_bundle(await self.models(), form.model)
         wants_urls = form.response_format == "url"
-        if self._kept is None:
-            asked = {"response_format": wants_urls, "keep": form.keep, "previous": form.previous}
-            for name, is_asked in asked.items():
-                if is_asked:
-                    value = quoted(getattr(form, name))
-                    message = f"{name} is {value}; this service keeps no results"
-                    raise RequestError(message, param=name, code="unsupported_value")
         image = await self._source(form, caller.key.name if caller else "")
-        keeps_all = self._kept is not None and self._kept.keeps_all
         options = edit_options(
             form,
             # Not by its name where there is no choice: a roll-out may replace the bundle by one of another name.
             model=bundle.name if len(self._models) > 1 else None,
             output_wh=await self._output_wh(form, image, bundle),
-            keeps_lossless=wants_urls or (keeps_all if form.keep is None else form.keep),
+            keeps_lossless=wants_urls or (self._kept.keeps_all if form.keep is None else form.keep),
             queue_delay_s=self._batch_patience_s if priority == "batch" else 0.0,
             trace=trace,
         )
@@ -177,39 +173,38 @@ class EditService:
 
     async def edit(self, accepted: AcceptedEdit) -> DeliveredEdit:
         """Edits, and keeps what is to be kept. Raises MGIEError: see the table in `api/responses.py`."""
-        with accepted.charge.settled(), self._traced(accepted) as call:
-            # The steps are not seen from here: an edit may have done them all as soon as they may have begun.
-            outcome = await self._backend.edit(call, on_derived=accepted.charge.use)
-            return await self._delivered(accepted, outcome)
+        *_, delivered = [event async for event in self.stream(accepted, is_watched=False)]
+        assert isinstance(delivered, DeliveredEdit)
+        return delivered
 
-    async def stream(self, accepted: AcceptedEdit) -> AsyncGenerator[EditEvent | DeliveredEdit, None]:
+    async def stream(
+        self, accepted: AcceptedEdit, *, is_watched: bool = True
+    ) -> AsyncGenerator[EditEvent | DeliveredEdit, None]:
         """The same step by step; `DeliveredEdit` is last."""
         with accepted.charge.settled():
-            async with contextlib.aclosing(self.events(accepted)) as events:
+            async with contextlib.aclosing(self.events(accepted, is_watched=is_watched)) as events:
                 async for event in events:
                     if isinstance(event, Stepped):
                         accepted.charge.use(event.step / event.num_steps)
+                    elif not is_watched:  # it may have done all its steps as soon as they may have begun
+                        accepted.charge.use()
                     yield await self._delivered(accepted, event) if isinstance(event, EditOutcome) else event
 
-    async def events(self, accepted: AcceptedEdit) -> AsyncGenerator[EditEvent, None]:
+    async def events(self, accepted: AcceptedEdit, *, is_watched: bool = True) -> AsyncGenerator[EditEvent, None]:
         """The same for who keeps the results in a way of its own: `EditOutcome` is last, and nobody is charged."""
-        with self._traced(accepted) as call:
-            async with contextlib.aclosing(self._backend.stream(call)) as events:
-                async for event in events:
-                    yield event
-
-    @contextlib.contextmanager
-    def _traced(self, accepted: AcceptedEdit) -> Iterator[EditCall]:
         call = accepted.call
+        await self._safety.ask(call.options, [call.image], "input")
         with self._spans.span("edit", call.options.trace) as span:
-            yield replace(call, options=replace(call.options, trace=span.trace))
+            call = replace(call, options=replace(call.options, trace=span.trace))
+            async with contextlib.aclosing(self._backend.stream(call, is_watched=is_watched)) as events:
+                async for event in events:
+                    await self._safety.ask(call.options, pictures_of(event), "output")
+                    yield event
 
     @contextlib.asynccontextmanager
     async def at_work(self) -> AsyncIterator[None]:
         """Meanwhile what has expired is deleted, and edits are called off that other replicas are asked to."""
-        chores = [asyncio.create_task(self.running.listen())]
-        if self._kept is not None:
-            chores.append(asyncio.create_task(self._kept.sweep()))
+        chores = [asyncio.create_task(chore) for chore in (self.running.listen(), self._kept.sweep())]
         try:
             yield
         finally:
@@ -225,8 +220,7 @@ class EditService:
                 raise ImageTooLargeError(f"image is {len(form.image)} bytes; {allowed}", param="image")
             return form.image
         assert form.previous is not None  # the form was checked
-        assert self._kept is not None
-        return await self._kept.previous(form.previous, owner=owner)
+        return await asyncio.to_thread(self._kept.previous, form.previous, owner=owner)
 
     async def _output_wh(self, form: EditForm, image: bytes, bundle: BundleInfo) -> tuple[int, int] | None:
         if form.size == "auto":
@@ -243,8 +237,7 @@ class EditService:
         options = accepted.call.options
         if not options.keeps_lossless:
             return DeliveredEdit(outcome=outcome)
-        assert self._kept is not None
-        kept = await self._kept.keep(accepted.id, options, outcome, owner=accepted.owner)
+        kept = await asyncio.to_thread(self._kept.keep, accepted.id, options, outcome, owner=accepted.owner)
         base_url = accepted.base_url
         urls = [] if base_url is None else [self._kept.url(file, base_url) for file in kept.files]
         return DeliveredEdit(outcome=outcome, urls=urls, kept_until=kept.expires_s)

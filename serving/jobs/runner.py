@@ -347,7 +347,7 @@ class JobRunner:
         return accepted, outcome
 
     async def _store(self, hold: _Hold, accepted: AcceptedEdit, outcome: EditOutcome) -> _Done:
-        stored = await self._kept.store(accepted.call.options, outcome, is_durable=True)
+        stored = await asyncio.to_thread(self._kept.store, accepted.call.options, outcome, is_durable=True)
         kept_until = self._jobs.expires_s(hold.job) if accepted.call.options.keeps_lossless else None
         delivered = DeliveredEdit(outcome=outcome, urls=stored.files, kept_until=kept_until)
         return _Done(

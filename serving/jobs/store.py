@@ -11,7 +11,6 @@ moment leaves either a job that nobody was promised, or a place that somebody fi
 
 import hashlib
 import re
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
@@ -97,14 +96,10 @@ class JobStore:
     Args:
         artifacts: Where they lie.
         limits: Of photos.
-        clock: Unix time, that of `artifacts`.
     """
 
-    def __init__(
-        self, artifacts: ArtifactStore, *, limits: ImageLimits, clock: Callable[[], float] = time.time
-    ) -> None:
-        self.artifacts = artifacts
-        self.now_s = clock
+    def __init__(self, artifacts: ArtifactStore, *, limits: ImageLimits) -> None:
+        self.artifacts, self.now_s = artifacts, artifacts.now_s
         self._limits = limits
 
     # ---- accepting

@@ -19,7 +19,6 @@ const loaded = history.load();
 let served = []; // models
 let currentId = null; // of the node that is shown, and that the next edit goes on from
 let run = null; // the edit under way: {id, request, words, preview, isWatched, abort, ended}
-let canKeep = true; // the service keeps results, so that the next turn need not send the picture again
 let isMasking = false;
 let isSideBySide = false;
 let shownWords = null; // what was last written into #expressive: what differs is the user's own
@@ -243,7 +242,7 @@ async function follow(mine, settings) {
 /** Sends the edit; what can be mended, a missing key or a result that is kept no more, is, and it is sent again. */
 async function begin(mine, settings) {
   const { source, instruction, expressive, mask } = mine.request;
-  let isThere = canKeep && source.previous && source.keptUntil * 1000 > Date.now();
+  let isThere = source.previous && source.keptUntil * 1000 > Date.now();
   for (;;) {
     const picture = isThere ? { previous: source.previous } : { image: source.image };
     const fields = {
@@ -253,13 +252,12 @@ async function begin(mine, settings) {
       mask,
       ...settings,
       model: element("model").value || null,
-      keep: canKeep || null,
+      keep: true, // so that the next turn need not send the picture again
     };
     try {
       return await startEdit(fields, { id: mine.id, signal: mine.abort.signal });
     } catch (error) {
       if (isThere && error.code === "previous_not_found") isThere = false;
-      else if (canKeep && ["keep", "previous"].includes(error.param)) canKeep = isThere = false;
       else if (error.status !== 401 || !(await askForKey(error.message))) throw error;
       if (!served.length) loadModels(); // for want of a key, too
     }

@@ -9,9 +9,9 @@ Serve calls `check_health` and `record_autoscaling_stats` by their names.
 import asyncio
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Generic, TypeVar
+from typing import Generic, TypedDict, TypeVar
 
 from PIL import Image
 
@@ -21,7 +21,7 @@ from mgie.config import ImageLimits
 from mgie.errors import ConfigError
 from mgie.images.files import read_image
 from serving.stages.autoscaling import Work, WorkMeter
-from serving.stages.health import Monitoring
+from serving.stages.health import UNMONITORED, Monitoring
 from serving.stages.messages import BundleInfo
 from serving.stages.model_pool import ModelPool
 from serving.telemetry.metrics import LOADED_BUNDLES, WORK_LEFT, WORK_RATE, Sample, Sampler, unmetered
@@ -30,32 +30,58 @@ from serving.telemetry.tracing import open_spans
 ModelT = TypeVar("ModelT")
 
 
-def open_bundles(bundle: str, bundles: Sequence[str] = ()) -> dict[str, Bundle]:
-    """The bundles by their own names, the default first; see `locate_bundles`."""
-    return {name: Bundle.of(found) for name, found in locate_bundles(bundle, *bundles).items()}
+class StageSettings(TypedDict, total=False):
+    """What both stages may be given; see `Stage`."""
+
+    max_loaded: int
+    device: str
+    dtype: str
+    num_threads: int
+    limits: ImageLimits
+    on_use: Callable[[str], Awaitable[object]] | None
+    monitoring: Monitoring
 
 
 class Stage(ABC, Generic[ModelT]):
-    """What both stages share: the opened bundles, those of them that are loaded, a name, and how they are watched."""
+    """What both stages share: the opened bundles, those of them that are loaded, a name, and how they are watched.
+
+    Args:
+        bundle: The default, as `mgie.bundle.bundle.open_bundle` takes it. bundles: More that edits may ask for by name.
+        max_loaded: Bundles in memory at a time.
+        device: Name of torch's, or `auto`.
+        dtype: `auto`, `float32`, `bfloat16`, ...
+        num_threads: Threads of torch on the CPU.
+        limits: What an input image may be.
+        on_use: Told the name of the bundle before each use.
+        monitoring: Who gets its figures, and when it has to show that it works.
+
+    Raises:
+        BundleError: A bundle is missing or damaged, lacks a part, or two have the same name.
+        ConfigError: A value is out of range.
+    """
 
     def __init__(
         self,
-        bundles: Mapping[str, Bundle],
+        bundle: str,
+        bundles: Sequence[str],
         *,
-        load: Callable[[Bundle], ModelT],
-        close: Callable[[ModelT], None],
-        max_loaded: int,
-        limits: ImageLimits,
-        on_use: Callable[[str], Awaitable[object]] | None,
-        monitoring: Monitoring,
+        max_loaded: int = 2,
+        device: str = "auto",
+        dtype: str = "auto",
+        num_threads: int = 1,
+        limits: ImageLimits = ImageLimits(),  # noqa: B008  # frozen
+        on_use: Callable[[str], Awaitable[object]] | None = None,
+        monitoring: Monitoring = UNMONITORED,
     ) -> None:
-        self._bundles = bundles
-        self._default = next(iter(bundles))
-        self._limits = limits
-        self._on_use = on_use
+        self._bundles = {name: Bundle.of(found) for name, found in locate_bundles(bundle, *bundles).items()}
+        self._default = next(iter(self._bundles))
+        self._placed = {"device": device, "dtype": dtype}
+        self._num_threads, self._limits, self._on_use, self._monitoring = num_threads, limits, on_use, monitoring
         self._replica = secrets.token_hex(4)
-        self._pool: ModelPool[ModelT] = ModelPool(lambda name: load(bundles[name]), close, max_loaded=max_loaded)
-        self._pool.add(self._default, load(bundles[self._default]))
+        self._pool: ModelPool[ModelT] = ModelPool(
+            lambda name: self._load(self._bundles[name]), self._unload, max_loaded=max_loaded
+        )
+        self._pool.add(self._default, self._load(self._bundles[self._default]))
         self._meter = monitoring.meter
         self._spans = open_spans(monitoring.tracing, service=type(self).__name__)
         self._work_meter = WorkMeter()
@@ -86,6 +112,13 @@ class Stage(ABC, Generic[ModelT]):
         """Ends all threads."""
         if self._sampler is not None:
             self._sampler.close()
+        self._pool.close()
+
+    @abstractmethod
+    def _load(self, bundle: Bundle) -> ModelT: ...
+
+    def _unload(self, model: ModelT) -> None:
+        """Frees what garbage collection does not."""
 
     @abstractmethod
     def _look_at_work(self) -> Work: ...

@@ -13,7 +13,6 @@ import bisect
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -23,8 +22,6 @@ from mgie.errors import ClosedError, ConfigError
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
-
-_NUM_RECORDED_BATCHES = 1000  # enough for a load test to look at every batch, small enough to keep for ever
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +118,6 @@ class GreedyBatcher(Generic[ItemT, ResultT]):
         self._is_closed = False
         self._num_items = self._num_batches = self._num_failed = self._num_dropped = self._num_cancelled = 0
         self._running: list[_Entry[ItemT, ResultT]] = []
-        self._recent: deque[tuple[Hashable, ...]] = deque(maxlen=_NUM_RECORDED_BATCHES)
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
 
@@ -166,11 +162,6 @@ class GreedyBatcher(Generic[ItemT, ResultT]):
                 num_waiting=len(self._waiting),
                 num_running=sum(entry.is_open for entry in self._running),
             )
-
-    def recent_batches(self) -> list[tuple[Hashable, ...]]:
-        """The keys of the items of each of the last 1000 batches, oldest first."""
-        with self._changed:
-            return list(self._recent)
 
     def is_alive(self) -> bool:
         """Whether items submitted now will be run."""
@@ -237,7 +228,6 @@ class GreedyBatcher(Generic[ItemT, ResultT]):
             self._num_batches += 1
             self._num_items += len(batch)
             self._running = batch
-            self._recent.append(tuple(entry.key for entry in batch))
         try:
             for index, result in self._work([entry.item for entry in batch], lambda index: batch[index].is_wanted):
                 entry = batch[index]

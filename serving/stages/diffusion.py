@@ -4,15 +4,16 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from functools import partial
+from typing import Unpack
 
 import torch
 from PIL import Image
 
 from mgie.bundle.bundle import Bundle
-from mgie.config import SOFTWARE, ImageLimits
+from mgie.config import SOFTWARE
 from mgie.engine.engine import Engine
 from mgie.engine.handle import EditHandle, EngineStats, Previewed, StepDone, Stepped
 from mgie.errors import DeadlineError
@@ -23,8 +24,8 @@ from mgie.inference.renderer import Renderer, RenderRequest
 from serving.deadline import within
 from serving.errors import MixedVersionsError
 from serving.stages.autoscaling import Work
-from serving.stages.base import Stage, open_bundles
-from serving.stages.health import UNMONITORED, Health, Monitoring
+from serving.stages.base import Stage, StageSettings
+from serving.stages.health import Health
 from serving.stages.messages import Derived, EditOptions, Partial, RenderedEdit, StageStats
 from serving.stages.packing import unpack
 from serving.telemetry.metrics import (
@@ -56,12 +57,8 @@ class DiffusionStage(Stage[_Rendering]):
     """Renders edited images; edits join and leave the batch of their bundle's engine at step borders.
 
     Args:
-        bundle, bundles, max_loaded, device, dtype, num_threads, limits, on_use, watch: As those of `MLLMStage`.
-        max_batch_rows, max_pixels_in_flight, max_waiting, num_codec_threads: As those of `mgie.engine.engine.Engine`.
-
-    Raises:
-        BundleError: A bundle is missing or damaged, lacks a part, or two have the same name.
-        ConfigError: A value is out of range.
+        max_batch_rows, max_pixels_in_flight, max_waiting, num_codec_threads: See `mgie.engine.engine.Engine`.
+        bundle, bundles, settings: See `Stage`; errors, too.
     """
 
     def __init__(
@@ -69,53 +66,21 @@ class DiffusionStage(Stage[_Rendering]):
         bundle: str = "tiny",
         bundles: Sequence[str] = (),
         *,
-        max_loaded: int = 2,
-        device: str = "auto",
-        dtype: str = "auto",
         max_batch_rows: int = 24,
         max_pixels_in_flight: int | None = None,
         max_waiting: int = 64,
         num_codec_threads: int = 1,
-        num_threads: int = 1,
-        limits: ImageLimits = ImageLimits(),  # noqa: B008  # frozen
-        on_use: Callable[[str], Awaitable[object]] | None = None,
-        monitoring: Monitoring = UNMONITORED,
+        **settings: Unpack[StageSettings],
     ) -> None:
         self._closed_stats: list[EngineStats] = []  # of engines that made room, as one
-
-        def load(one: Bundle) -> _Rendering:
-            renderer = one.load_renderer(device=device, dtype=dtype)
-
-            async def try_it() -> None:
-                await _probe(engine, renderer, one)
-
-            health = monitoring.health(try_it)
-
-            def note(step: StepDone) -> None:
-                health.note_work()
-                monitoring.meter(STEP_SECONDS, step.seconds)
-                monitoring.meter(STEP_ROWS, step.rows)
-
-            engine = Engine(
-                renderer,
-                max_batch_rows=max_batch_rows,
-                max_pixels_in_flight=max_pixels_in_flight,
-                max_waiting=max_waiting,
-                num_codec_threads=num_codec_threads,
-                num_threads=num_threads,
-                on_step=note,
-            )
-            return _Rendering(renderer=renderer, engine=engine, health=health)
-
-        super().__init__(
-            open_bundles(bundle, bundles),
-            load=load,
-            close=self._close,
-            max_loaded=max_loaded,
-            limits=limits,
-            on_use=on_use,
-            monitoring=monitoring,
+        self._new_engine = partial(
+            Engine,
+            max_batch_rows=max_batch_rows,
+            max_pixels_in_flight=max_pixels_in_flight,
+            max_waiting=max_waiting,
+            num_codec_threads=num_codec_threads,
         )
+        super().__init__(bundle, bundles, **settings)
 
     async def render(
         self,
@@ -171,10 +136,6 @@ class DiffusionStage(Stage[_Rendering]):
             replica=self._replica, pid=os.getpid(), loaded=tuple(self._pool.models()), work=self._engine_stats()
         )
 
-    def recent_batches(self) -> list[tuple[Any, ...]]:
-        """Compatibility keys of the images of each recent step, by loaded bundle."""
-        return [batch for one in self._pool.models().values() for batch in one.engine.recent_batches()]
-
     async def check_health(self) -> None:
         """Raises RuntimeError when an engine does not work; Ray Serve then replaces the replica.
 
@@ -191,11 +152,6 @@ class DiffusionStage(Stage[_Rendering]):
                 if name in self._pool.models():  # else it has just made room, and is closed on purpose
                     raise RuntimeError(f"bundle {name!r} does not work: {error}") from error
 
-    def close(self) -> None:
-        """Ends the threads that run the models."""
-        super().close()
-        self._pool.close()
-
     def _engine_stats(self) -> EngineStats:
         return _together([*self._closed_stats, *(one.engine.stats() for one in self._pool.models().values())])
 
@@ -211,9 +167,21 @@ class DiffusionStage(Stage[_Rendering]):
         yield STEPS, stats.num_steps, {}
         yield CANCELS, stats.num_cancelled, {}
 
-    def _close(self, one: _Rendering) -> None:
-        one.engine.close()
-        self._closed_stats = [_together([*self._closed_stats, one.engine.stats()])]
+    def _load(self, bundle: Bundle) -> _Rendering:
+        renderer = bundle.load_renderer(**self._placed)
+        health = self._monitoring.health(lambda: _probe(engine, renderer, bundle))
+
+        def on_step(step: StepDone) -> None:
+            health.note_work()
+            self._monitoring.meter(STEP_SECONDS, step.seconds)
+            self._monitoring.meter(STEP_ROWS, step.rows)
+
+        engine = self._new_engine(renderer, num_threads=self._num_threads, on_step=on_step)
+        return _Rendering(renderer=renderer, engine=engine, health=health)
+
+    def _unload(self, model: _Rendering) -> None:
+        model.engine.close()
+        self._closed_stats = [_together([*self._closed_stats, model.engine.stats()])]
 
     async def _rendered(
         self, renderer: Renderer, request: RenderRequest, handle: EditHandle, options: EditOptions

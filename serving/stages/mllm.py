@@ -3,23 +3,22 @@
 import asyncio
 import itertools
 import os
-from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Unpack
 
 import torch
 from PIL import Image
 
-from mgie.config import ImageLimits
+from mgie.bundle.bundle import Bundle
 from mgie.errors import DeadlineError
 from mgie.inference.condition_cache import DEFAULT_CACHE_BYTES, ConditionCache, condition_key
 from mgie.inference.conditioner import Conditioner, EditCondition, EditRequest
 from serving.deadline import within
 from serving.stages.autoscaling import Work
-from serving.stages.base import Stage, open_bundles
+from serving.stages.base import Stage, StageSettings
 from serving.stages.batcher import BatchRun, GreedyBatcher
-from serving.stages.health import UNMONITORED, Monitoring
 from serving.stages.messages import Derived, EditOptions, StageStats
 from serving.stages.packing import pack
 from serving.telemetry.metrics import CACHE_REQUESTS, CANCELS, DERIVE_SECONDS, QUEUE_SECONDS, RUNNING, WAITING, Sample
@@ -44,20 +43,9 @@ class MLLMStage(Stage[Conditioner]):
     """Derives a condition from a photo and an instruction.
 
     Args:
-        bundle: The default, as `mgie.bundle.bundle.open_bundle` takes it. bundles: More that edits may ask for by name.
-        max_loaded: Bundles in memory at a time.
-        device: As torch names it, or `auto`.
-        dtype: `auto`, `float32`, `bfloat16`, ...
         max_batch_size: Largest batch.
-        cache_bytes: Of conditions that are kept; 0 = none.
-        num_threads: Threads of torch on the CPU.
-        limits: What an input image may be.
-        on_use: Told the name of the bundle before each use.
-        watch: Who gets its figures, and when it has to show that it works.
-
-    Raises:
-        BundleError: A bundle is missing or damaged, lacks a part, or two have the same name.
-        ConfigError: A value is out of range.
+        cache_bytes: Memory for conditions that are kept; 0: none.
+        bundle, bundles, settings: See `Stage`; errors, too.
     """
 
     def __init__(
@@ -65,17 +53,10 @@ class MLLMStage(Stage[Conditioner]):
         bundle: str = "tiny",
         bundles: Sequence[str] = (),
         *,
-        max_loaded: int = 2,
-        device: str = "auto",
-        dtype: str = "auto",
         max_batch_size: int = 8,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
-        num_threads: int = 1,
-        limits: ImageLimits = ImageLimits(),  # noqa: B008  # frozen
-        on_use: Callable[[str], Awaitable[object]] | None = None,
-        monitoring: Monitoring = UNMONITORED,
+        **settings: Unpack[StageSettings],
     ) -> None:
-        self._num_threads = num_threads
         self._cache: ConditionCache[EditCondition] = ConditionCache(cache_bytes)
         self._numbers = itertools.count()  # of edits that share no batch
         self._tokens_left = self._tokens_done = self._output_tokens = 0.0
@@ -83,16 +64,8 @@ class MLLMStage(Stage[Conditioner]):
         self._worker: GreedyBatcher[_Derivation, EditCondition] = GreedyBatcher(
             self._derive_batch, key=lambda item: item.key, max_batch_size=max_batch_size, name="mllm"
         )
-        super().__init__(
-            open_bundles(bundle, bundles),
-            load=lambda one: one.load_conditioner(device=device, dtype=dtype),
-            close=lambda _: None,
-            max_loaded=max_loaded,
-            limits=limits,
-            on_use=on_use,
-            monitoring=monitoring,
-        )
-        self._health = monitoring.health(self._probe)
+        super().__init__(bundle, bundles, **settings)
+        self._health = self._monitoring.health(self._probe)
 
     async def derive(self, image: bytes, options: EditOptions, *, timeout_s: float | None = None) -> Derived:
         """The condition of one edit. Cancelling the call takes it out of a running batch within a token.
@@ -164,10 +137,6 @@ class MLLMStage(Stage[Conditioner]):
             cache=self._cache.stats(),
         )
 
-    def recent_batches(self) -> list[tuple[Any, ...]]:
-        """Compatibility keys of the items of each recent batch."""
-        return self._worker.recent_batches()
-
     async def check_health(self) -> None:
         """Raises RuntimeError when the model does not work; Ray Serve then replaces the replica.
 
@@ -179,9 +148,11 @@ class MLLMStage(Stage[Conditioner]):
 
     def close(self) -> None:
         """Ends the thread that runs the models."""
-        super().close()
         self._worker.close()
-        self._pool.close()
+        super().close()
+
+    def _load(self, bundle: Bundle) -> Conditioner:
+        return bundle.load_conditioner(**self._placed)
 
     def _derive_batch(
         self, items: Sequence[_Derivation], is_wanted: Callable[[int], bool]

@@ -18,14 +18,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from mgie.errors import ConfigError
 from serving.errors import DamagedError, NotFoundError
-from serving.storage.blobs import Blob, Blobs
-from serving.storage.stores import open_blobs
+from serving.storage.blobs import Blob, Blobs, LocalBlobs
 
 logger = logging.getLogger("serving.storage.artifacts")
 
@@ -83,6 +83,29 @@ class _Envelope(_Record):
     content: dict[str, JsonValue]
 
 
+def open_blobs(url: str, *, endpoint: str | None = None) -> Blobs:
+    """The store of a URL: a local folder, which is made, or `s3://bucket/prefix`, which is not contacted yet.
+
+    Args:
+        url: See above. Credentials and region are found as boto3 finds them.
+        endpoint: Address of an S3 store that is not Amazon's; None = from the environment (AWS_ENDPOINT_URL).
+
+    Raises:
+        ConfigError: The URL has another scheme or no bucket.
+        StoreError: The folder cannot be made or written to.
+    """
+    if url.startswith("s3://"):
+        bucket, _, prefix = url.removeprefix("s3://").rstrip("/").partition("/")
+        if not bucket:
+            raise ConfigError(f"store is {url!r}; an S3 URL is s3://bucket/prefix")
+        from serving.storage.s3_blobs import S3Blobs  # here, because a folder does without boto3
+
+        return S3Blobs(bucket, prefix, endpoint=endpoint)
+    if not url or "://" in url:
+        raise ConfigError(f"store is {url!r}; it must be a local folder or s3://bucket/prefix")
+    return LocalBlobs(Path(url).expanduser().absolute())
+
+
 class ArtifactStore:
     """Images and documents; see the module. Open one with `open`.
 
@@ -98,7 +121,7 @@ class ArtifactStore:
     def __init__(self, blobs: Blobs, *, ttl_s: float, clock: Callable[[], float] = time.time) -> None:
         if not ttl_s >= MIN_TTL_S:
             raise ConfigError(f"ttl_s is {ttl_s:g}; it must be at least {MIN_TTL_S:g}", param="ttl_s")
-        self._blobs, self._ttl_s, self._clock = blobs, ttl_s, clock
+        self._blobs, self._ttl_s, self.now_s = blobs, ttl_s, clock
         self._swept_to = ""
 
     @classmethod
@@ -136,7 +159,7 @@ class ArtifactStore:
 
     def new_id(self) -> str:
         """An id that nobody can guess, for an artifact or a document; it begins with the time of its expiry."""
-        return f"{ceil(self._clock() + self._ttl_s):08x}{secrets.token_hex(16)}"
+        return f"{ceil(self.now_s() + self._ttl_s):08x}{secrets.token_hex(16)}"
 
     def put(
         self,
@@ -157,7 +180,7 @@ class ArtifactStore:
         artifact_id = self.new_id()
         artifact = Artifact(
             id=artifact_id,
-            created_s=self._clock(),
+            created_s=self.now_s(),
             expires_s=_expiry_s(artifact_id),
             content_type=content_type,
             num_bytes=len(data),
@@ -212,7 +235,7 @@ class ArtifactStore:
         Raises:
             NotFoundError: The id has expired, or is none; whether the image exists is not looked up.
         """
-        left_s = self.expiry_s(artifact_id) - self._clock()
+        left_s = self.expiry_s(artifact_id) - self.now_s()
         signed = self._blobs.url(f"artifacts/{artifact_id}.image", valid_s=max(1.0, left_s))
         return signed or f"{base_url.rstrip('/')}{ARTIFACT_PATH}/{artifact_id}"
 
@@ -246,7 +269,7 @@ class ArtifactStore:
         if made is None:
             found = self._blobs.read(_document_key(kind, name))
             # One that has expired is absent, though it was not swept yet.
-            if found is None or _envelope(found).expires_s <= self._clock():
+            if found is None or _envelope(found).expires_s <= self.now_s():
                 made = self._write(kind, name, content, version=found.version if found else None)
         return made
 
@@ -256,7 +279,7 @@ class ArtifactStore:
         if blob is None:
             return None
         envelope = _envelope(blob)
-        if envelope.expires_s <= self._clock():
+        if envelope.expires_s <= self.now_s():
             return None
         return Document(kind=kind, name=name, content=envelope.content, version=blob.version)
 
@@ -279,7 +302,7 @@ class ArtifactStore:
         return (entry.key.removeprefix(prefix) for entry in self._blobs.list(prefix))
 
     def _write(self, kind: str, name: str, content: Mapping[str, Any], *, version: str | None) -> Document | None:
-        envelope = _Envelope(expires_s=self._clock() + self._ttl_s, write=secrets.token_hex(8), content=dict(content))
+        envelope = _Envelope(expires_s=self.now_s() + self._ttl_s, write=secrets.token_hex(8), content=dict(content))
         data = envelope.model_dump_json().encode()
         written = self._blobs.write_if(_document_key(kind, name), data, version=version)
         if written is None:
@@ -303,18 +326,18 @@ class ArtifactStore:
             if _ID.fullmatch(artifact_id) is None:
                 continue  # not ours: network file systems and desktops leave files of their own
             # Sorted by expiry, as ids begin with it. An image whose record was never written goes with the others.
-            if _expiry_s(artifact_id) > self._clock():
+            if _expiry_s(artifact_id) > self.now_s():
                 break
             self._blobs.delete(entry.key)
             num_deleted += 1
         documents = list(islice(self._blobs.list("documents/", after=self._swept_to), limit))
         self._swept_to = documents[-1].key if len(documents) == limit else ""
         for entry in documents:
-            if entry.modified_s + self._ttl_s > self._clock():
+            if entry.modified_s + self._ttl_s > self.now_s():
                 continue  # spares the reading
             blob = self._blobs.read(entry.key)
             try:
-                is_expired = blob is not None and _envelope(blob).expires_s <= self._clock()
+                is_expired = blob is not None and _envelope(blob).expires_s <= self.now_s()
             except DamagedError as error:
                 logger.warning("left in the store: %s", error)
                 continue
@@ -329,7 +352,7 @@ class ArtifactStore:
         Raises:
             NotFoundError: It has passed, or the id is none.
         """
-        if _ID.fullmatch(artifact_id) is None or _expiry_s(artifact_id) <= self._clock():
+        if _ID.fullmatch(artifact_id) is None or _expiry_s(artifact_id) <= self.now_s():
             raise self._missing()
         return _expiry_s(artifact_id)
 

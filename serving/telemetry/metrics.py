@@ -92,29 +92,7 @@ WEBHOOKS = Metric(
     "mgie_webhooks", "counter", "Calls of webhooks: delivered, pending (tried again later), given_up", tags=("status",)
 )
 
-METRICS = (
-    EDITS,
-    EDIT_SECONDS,
-    RETRIES,
-    QUEUE_SECONDS,
-    DERIVE_SECONDS,
-    STEP_SECONDS,
-    STEP_ROWS,
-    STEPS,
-    CANCELS,
-    CACHE_REQUESTS,
-    WAITING,
-    RUNNING,
-    PIXELS_IN_FLIGHT,
-    LOADED_BUNDLES,
-    WORK_LEFT,
-    WORK_RATE,
-    JOBS,
-    JOB_SECONDS,
-    JOB_RETRIES,
-    JOBS_LINED_UP,
-    WEBHOOKS,
-)
+METRICS = tuple(one for one in list(vars().values()) if isinstance(one, Metric))
 
 
 class Meter(Protocol):

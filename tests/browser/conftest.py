@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 
 from mgie.tiny.world import make_sample
 from serving.edits.in_process import InProcessBackend
-from tests.live import keeping_api, listening, open_backend
+from tests.live import api_over, listening, open_backend
 
 if TYPE_CHECKING:  # Playwright may be absent: then every file of tests skips, and says so
     from playwright.sync_api import Browser
@@ -39,7 +39,7 @@ def backend() -> Iterator[InProcessBackend]:
 
 @pytest.fixture
 def api(backend: InProcessBackend, tmp_path: Path) -> FastAPI:
-    return keeping_api(backend, tmp_path)
+    return api_over(backend, tmp_path)
 
 
 @pytest.fixture

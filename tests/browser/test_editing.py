@@ -13,8 +13,6 @@ from starlette.types import ASGIApp
 
 from mgie.bundle.bundle import open_bundle
 from mgie.images.files import read_image, read_metadata
-from serving.api.routes import build_api
-from serving.edits.in_process import InProcessBackend
 
 pytest.importorskip("playwright", reason="playwright is not installed")
 from playwright.sync_api import expect
@@ -200,18 +198,6 @@ def test_a_picture_that_the_service_no_longer_keeps_is_sent_again(
     assert len(recorder.bodies) == 3
     assert recorder.sent("image")
     assert page.tree() == [["photo.png", [["make it night", [["more contrast", []]]]]]]
-
-
-def test_a_service_that_keeps_nothing_is_sent_every_picture(
-    backend: InProcessBackend, serve: Serve, visit: Visit, photo: bytes
-) -> None:
-    recorder = Recorder(build_api(backend, timeout_s=60))
-    page = visit(serve(recorder), expects=("status of 400",))
-    page.choose(photo)
-    page.edit("make it night")
-    page.edit("more contrast")
-    assert len(recorder.bodies) == 3  # the first was refused because of `keep`, and sent again without
-    assert recorder.sent("image")
 
 
 def test_a_cancelled_edit_ends_in_the_engine_and_leaves_no_trace(edit_page: EditPage, photo: bytes) -> None:

@@ -9,17 +9,14 @@ from fastapi import FastAPI
 from PIL import Image
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from mgie.config import ImageLimits
 from serving.access.keys import KeyRing, new_key
-from serving.api.routes import build_api
 from serving.edits.in_process import InProcessBackend
-from serving.edits.safety import CheckedBackend
 
 pytest.importorskip("playwright", reason="playwright is not installed")
 from playwright.sync_api import expect
 
 from tests.browser.edit_page import EditPage
-from tests.live import keeping_api, listening, open_backend
+from tests.live import api_over, listening, open_backend
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
 
@@ -39,7 +36,7 @@ def test_a_file_that_is_no_picture_is_refused_before_it_is_sent(edit_page: EditP
 def test_an_edit_that_took_too_long_says_so_and_can_be_mended(
     backend: InProcessBackend, serve: Serve, visit: Visit, photo: bytes
 ) -> None:
-    impatient, patient = (build_api(backend, timeout_s=timeout_s) for timeout_s in (0.5, 60))
+    impatient, patient = (api_over(backend, timeout_s=timeout_s) for timeout_s in (0.5, 60))
 
     async def in_turn(scope: Scope, receive: Receive, send: Send) -> None:
         await (patient if is_patient else impatient)(scope, receive, send)
@@ -78,7 +75,7 @@ def test_an_edit_that_the_operator_forbids_is_explained(
     def check(_: Image.Image, instruction: str, *, where: str) -> str | None:
         return "nothing about hats" if "hat" in instruction and where == "input" else None
 
-    api = build_api(CheckedBackend(backend, check, limits=ImageLimits()), timeout_s=60)
+    api = api_over(backend, check=check)
     page = visit(serve(api), expects=("status of 400",))
     page.choose(photo)
     page.ask("give it a hat")
@@ -105,7 +102,7 @@ def test_a_service_with_keys_is_used_with_one_that_the_tab_remembers(
 ) -> None:
     key, digest = new_key()
     keys = KeyRing(text=f'[[keys]]\nname = "ann"\nsha256 = "{digest}"\nrequests_per_minute = 60')
-    address = serve(build_api(backend, timeout_s=60, keys=keys))
+    address = serve(api_over(backend, keys=keys))
     page = visit(address, expects=("status of 401", "status of 400"))
     dialog = page["#key-dialog"]
     expect(dialog).to_contain_text("an API key is needed")
@@ -143,7 +140,7 @@ def test_a_key_that_has_used_up_its_share_is_told_when_to_come_back(
 ) -> None:
     key, digest = new_key()
     keys = KeyRing(text=f'[[keys]]\nname = "ann"\nsha256 = "{digest}"\nrequests_per_minute = 1')
-    page = visit(serve(build_api(backend, timeout_s=60, keys=keys)), expects=("status of 401", "status of 429"))
+    page = visit(serve(api_over(backend, keys=keys)), expects=("status of 401", "status of 429"))
     page["#key"].fill(key)
     page["#key"].press("Enter")
     expect(page["#examples button"].first).to_be_attached()
@@ -154,7 +151,7 @@ def test_a_key_that_has_used_up_its_share_is_told_when_to_come_back(
 
 def test_an_untrained_bundle_and_a_fallback_are_told(serve: Serve, visit: Visit, photo: bytes, tmp_path: Path) -> None:
     with open_backend("random") as backend:
-        page = visit(serve(keeping_api(backend, tmp_path)))
+        page = visit(serve(api_over(backend, tmp_path)))
         expect(page["#untrained"]).to_contain_text("The model random is untrained")
         expect(page["#examples"]).to_be_hidden()
         page.choose(photo)

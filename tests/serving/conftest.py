@@ -14,10 +14,10 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from mgie.bundle.embedded import ensure_bundle
-from serving.api.routes import build_api
 from serving.edits.in_process import InProcessBackend
 from serving.stages.diffusion import DiffusionStage
 from serving.stages.mllm import MLLMStage
+from tests.live import api_over
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +41,7 @@ def diffusion(random_bundle: Path) -> Iterator[DiffusionStage]:
 
 @pytest.fixture(scope="session")
 def client(mllm: MLLMStage, diffusion: DiffusionStage) -> TestClient:
-    api = build_api(InProcessBackend(mllm, diffusion), timeout_s=60)
+    api = api_over(InProcessBackend(mllm, diffusion))
     return TestClient(api, raise_server_exceptions=False)
 
 

@@ -34,7 +34,7 @@ def test_command_line_strings_become_values() -> None:
     ("given", "words"),
     [
         ({"bundel": "x"}, r"there is no setting 'bundel'; did you mean bundle\?"),
-        ({"qqq": "x"}, r"there is no setting 'qqq'; docs/serving\.md lists them all"),
+        ({"qqq": "x"}, r"there is no setting 'qqq'; serving/args\.py describes them all"),
         ({"max_steps": "many"}, "max_steps is 'many'; it must be a valid integer"),
         ({"max_n": "11"}, "max_n is '11'; it must be less than or equal to 10"),
         ({"device": "gpu"}, "device is 'gpu'; it must be auto, cpu, mps, cuda or cuda:N"),

@@ -18,7 +18,7 @@ from serving.edits.in_process import InProcessBackend
 from serving.local_cluster import HOST, free_port
 from serving.stages.diffusion import DiffusionStage
 from serving.stages.mllm import MLLMStage
-from tests.live import keeping_api, listening
+from tests.live import api_over, listening
 
 pytestmark = pytest.mark.slow
 
@@ -60,7 +60,7 @@ def test_a_second_service_tells_what_the_first_one_is_and_serves(
     mllm: MLLMStage, diffusion: DiffusionStage, tmp_path: Path
 ) -> None:
     port = free_port(prefer_usual=False)
-    with listening(keeping_api(InProcessBackend(mllm, diffusion), tmp_path), port=port):
+    with listening(api_over(InProcessBackend(mllm, diffusion), tmp_path), port=port):
         assert who_has(port).startswith(f"a service runs already at http://{HOST}:{port} and serves random")
 
     async def other(scope: Any, receive: Any, send: Any) -> None:
@@ -92,7 +92,7 @@ def test_with_keep_the_service_is_named_and_stays_until_it_is_stopped(
 
     @contextlib.contextmanager
     def local_service(args: ServingArgs, *, port: int) -> Iterator[str]:
-        with listening(keeping_api(InProcessBackend(mllm, diffusion), tmp_path), port=port) as address:
+        with listening(api_over(InProcessBackend(mllm, diffusion), tmp_path), port=port) as address:
             seen.append((args.bundle, address))
             yield address
 

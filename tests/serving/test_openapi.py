@@ -10,14 +10,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from mgie.config import ImageLimits
-from serving.api.routes import build_api
 from serving.edits.in_process import InProcessBackend
-from serving.edits.results import ResultStore
-from serving.jobs.store import JobStore
 from serving.stages.diffusion import DiffusionStage
 from serving.stages.mllm import MLLMStage
-from serving.storage.artifacts import ArtifactStore
+from tests.live import api_over
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -48,9 +44,7 @@ def test_no_request_makes_the_service_fail_or_answer_what_is_not_documented(
     from schemathesis import GenerationMode
     from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance
 
-    store = ArtifactStore.open(str(tmp_path), ttl_s=3600)
-    kept, jobs = ResultStore(store), JobStore(store, limits=ImageLimits())
-    api = build_api(InProcessBackend(mllm, diffusion), timeout_s=60, kept=kept, jobs=jobs)
+    api = api_over(InProcessBackend(mllm, diffusion), tmp_path)
     schema = schemathesis.openapi.from_asgi("/openapi.json", api)
     statuses: Counter[tuple[str, int]] = Counter()
     small = photo(32, 32)

@@ -77,7 +77,8 @@ def test_concurrent_edits_of_mixed_sizes_equal_those_sent_alone_and_no_batch_mix
         return await asyncio.gather(*(edit(mllm, diffusion, image, prompt, seed=seed) for image, prompt, seed in calls))
 
     results = asyncio.run(together())
-    batches = diffusion.recent_batches()
+    [engine] = [one.engine for one in diffusion._pool.models().values()]
+    batches = engine.recent_batches()
     mean_sizes = [asyncio.run(stage.stats()).work.mean_batch_size for stage in (mllm, diffusion)]
     assert min(mean_sizes) > 1.5
     assert sum(map(len, batches)) == 3 * len(calls)  # steps
@@ -374,10 +375,11 @@ def test_prompts_of_one_length_share_a_batch_and_a_deterministic_edit_has_its_ow
         )
 
     derived = asyncio.run(main())
-    keys = stage.recent_batches()
-    assert all(len(set(batch)) == 1 for batch in keys)
-    assert max(map(len, keys)) > 1
-    assert {one.run.batch_size for one in derived[6:] if one.run} == {1}
+    runs = [one.run for one in derived if one.run]
+    assert len(runs) == 8
+    assert {run.batch for run in runs[:6:2]}.isdisjoint(run.batch for run in runs[1:6:2])
+    assert max(run.batch_size for run in runs[:6]) > 1
+    assert {run.batch_size for run in runs[6:]} == {1}
     stage.close()
 
 

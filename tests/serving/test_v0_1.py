@@ -3,7 +3,6 @@
 The clock of the store stood at 1,800,000,000 s and goes on from there.
 """
 
-import asyncio
 import base64
 import hashlib
 import shutil
@@ -63,7 +62,7 @@ def replicas(mllm: MLLMStage, diffusion: DiffusionStage, store: Path) -> Iterato
 
 
 def _jobs(replicas: Replicas) -> JobStore:
-    return JobStore(replicas.artifacts(), limits=ImageLimits(), clock=replicas.clock)
+    return JobStore(replicas.artifacts(), limits=ImageLimits())
 
 
 def test_the_records_of_jobs_say_what_they_said(replicas: Replicas) -> None:
@@ -100,7 +99,7 @@ def test_the_runner_brings_the_jobs_to_the_ends_that_they_would_have_come_to(rep
         image = read_image(base64.b64decode(job["result"]["data"][0]["b64_json"]))
         assert_same_picture(image, DATA / "job_ends" / f"{name}.png", pixels_sha256)
     assert _jobs(replicas).find(QUEUED) is not None
-    kept = asyncio.run(ResultStore(replicas.artifacts()).previous(QUEUED))
+    kept = ResultStore(replicas.artifacts()).previous(QUEUED)
     assert pixels_of(read_image(kept)) == pixels_of(image)
 
 
@@ -138,7 +137,7 @@ def test_a_request_that_is_sent_again_with_its_key_finds_its_job(replicas: Repli
 @pytest.mark.parametrize("name", KEPT)
 def test_a_kept_result_is_found_by_the_id_of_its_edit(replicas: Replicas, name: str) -> None:
     kept = ResultStore(replicas.artifacts())
-    image = read_image(asyncio.run(kept.previous(name)))
+    image = read_image(kept.previous(name))
     assert (image.size, pixels_of(image)) == ((64, 48), KEPT[name])
 
 
@@ -159,12 +158,12 @@ def test_a_kept_result_says_how_it_came_about_until_it_expires(replicas: Replica
     }
     replicas.clock.now_s = WRITTEN_S + 4001
     with pytest.raises(NotFoundError):
-        asyncio.run(ResultStore(replicas.artifacts()).previous("kept-of-v0-1"))
+        ResultStore(replicas.artifacts()).previous("kept-of-v0-1")
 
 
 def test_a_next_turn_goes_on_from_a_kept_result(replicas: Replicas) -> None:
     here = replicas.open(is_at_work=False)
-    kept = asyncio.run(ResultStore(replicas.artifacts()).previous("kept-of-v0-1:1"))
+    kept = ResultStore(replicas.artifacts()).previous("kept-of-v0-1:1")
 
     def send(**source: Any) -> str:
         fields = {"prompt": (None, "p"), "steps": (None, "1"), "seed": (None, "1"), "deterministic": (None, "true")}

@@ -12,13 +12,14 @@ from fastapi.testclient import TestClient
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from mgie.errors import ConfigError, PromptError
-from serving.api.middleware import MeterMiddleware
-from serving.api.routes import EDITS_PATH, build_api
+from serving.api.middleware import RecordMiddleware
+from serving.api.routes import EDITS_PATH
 from serving.edits.in_process import InProcessBackend
 from serving.stages.diffusion import DiffusionStage
 from serving.stages.health import Monitoring
 from serving.stages.mllm import MLLMStage
 from serving.telemetry.tracing import NO_SPANS, Spans, open_spans
+from tests.live import api_over
 from tests.serving.asking import ask
 from tests.serving.figures import Figures
 
@@ -152,7 +153,7 @@ def test_work_that_was_called_off_is_left_no_longer(watched: tuple[MLLMStage, Di
 
 @pytest.fixture
 def counted(mllm: MLLMStage, diffusion: DiffusionStage, figures: Figures) -> TestClient:
-    api = build_api(InProcessBackend(mllm, diffusion), timeout_s=60, meter=figures)
+    api = api_over(InProcessBackend(mllm, diffusion), meter=figures)
     return TestClient(api, raise_server_exceptions=False)
 
 
@@ -206,7 +207,7 @@ def told(figures: Figures, answers: list[tuple[int | None, list[bytes]]]) -> lis
                 pass
 
             scope = {"type": "http", "path": EDITS_PATH, "method": "POST"}
-            await MeterMiddleware(app, meter=figures, path=EDITS_PATH)(scope, nothing, nothing)
+            await RecordMiddleware(app, meter=figures, edits_path=EDITS_PATH)(scope, nothing, nothing)
 
     asyncio.run(main())
     return [(tags["status"], tags["code"]) for tags in figures.tags("edits")]
@@ -219,7 +220,7 @@ def test_a_trace_goes_from_the_client_through_the_ingress_to_both_stages(
     spans = Spans(exporter, service="test")
     for stage in watched:
         stage._spans = spans
-    api = build_api(InProcessBackend(*watched), timeout_s=60, spans=spans)
+    api = api_over(InProcessBackend(*watched), spans=spans)
     client = TestClient(api, raise_server_exceptions=False)
     trace_id, parent_id = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
     secret = "the secret words"

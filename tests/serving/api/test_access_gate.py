@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,13 @@ from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 from starlette.routing import Mount, Route
 
-from mgie.config import ImageLimits
 from serving.access.keys import KeyRing
-from serving.access.limits import EditLimits
-from serving.api.routes import build_api
-from serving.edits.backend import EditOutcome
+from serving.edits.backend import EditEvent
 from serving.edits.call import EditCall
 from serving.edits.in_process import InProcessBackend
-from serving.edits.results import ResultStore
-from serving.jobs.store import JobStore
 from serving.stages.diffusion import DiffusionStage
 from serving.stages.mllm import MLLMStage
-from serving.storage.artifacts import ArtifactStore
+from tests.live import api_over
 from tests.waiting import until
 
 pytestmark = pytest.mark.slow
@@ -69,9 +64,7 @@ def as_key(name: str) -> dict[str, str]:
 @pytest.fixture
 def make(mllm: MLLMStage, diffusion: DiffusionStage, tmp_path: Path) -> Callable[..., TestClient]:
     def make(*, backend: Any = None, **settings: Any) -> TestClient:
-        store = ArtifactStore.open(str(tmp_path), ttl_s=3600)
-        settings = {"kept": ResultStore(store), "jobs": JobStore(store, limits=ImageLimits())} | settings
-        api = build_api(backend or InProcessBackend(mllm, diffusion), timeout_s=60, **settings)
+        api = api_over(backend or InProcessBackend(mllm, diffusion), tmp_path, **settings)
         return TestClient(api, raise_server_exceptions=False)
 
     return make
@@ -300,7 +293,7 @@ def test_an_edit_that_is_given_up_pays_for_the_steps_it_was_seen_to_do(
 
 
 def test_everybodys_limits_hold_without_keys(make: Callable[..., TestClient], photo: Photo) -> None:
-    client = make(edit_limits=EditLimits(max_steps=5, max_n=2, max_prompt_chars=10))
+    client = make(max_steps=5, max_n=2, max_prompt_chars=10)
     assert send(client, photo(), steps=5, n=2, prompt="0123456789").status_code == 200
     for fields in ({"steps": 6}, {"n": 3}, {"prompt": "01234567890"}, {"expressive": "01234567890"}):
         answer = send(client, photo(), **fields)
@@ -313,9 +306,9 @@ def test_the_priority_of_a_key_reaches_the_stages(
     calls: list[EditCall] = []
 
     class Seen(InProcessBackend):
-        async def edit(self, call: EditCall, **told: Any) -> EditOutcome:
+        def stream(self, call: EditCall, *, is_watched: bool = True) -> AsyncGenerator[EditEvent, None]:
             calls.append(call)
-            return await super().edit(call, **told)
+            return super().stream(call, is_watched=is_watched)
 
     ring = KeyRing(text=keys_text(alice="", bob='priority = "batch"'))
     client = make(backend=Seen(mllm, diffusion), keys=ring, batch_patience_s=7.0)

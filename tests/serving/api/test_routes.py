@@ -5,7 +5,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from mgie.config import ImageLimits
 from mgie.errors import (
     BundleError,
     ConfigError,
@@ -31,14 +30,14 @@ from mgie.errors import (
 )
 from mgie.images.files import read_image, read_metadata
 from serving.api.responses import ANSWERS, answer_error
-from serving.api.routes import build_api
-from serving.edits.backend import EditOutcome, OnDerived
+from serving.edits.backend import EditEvent, EditOutcome
 from serving.edits.call import EditCall, edit_options
 from serving.edits.in_process import InProcessBackend
 from serving.errors import RequestError
 from serving.schema import EditForm
 from serving.stages.diffusion import DiffusionStage
 from serving.stages.mllm import MLLMStage
+from tests.live import api_over
 from tests.waiting import until, until_async
 
 pytestmark = pytest.mark.slow
@@ -238,7 +237,7 @@ def test_too_many_parts_are_refused(client: TestClient, photo: Photo) -> None:
 def test_a_body_over_the_limit_is_refused_while_it_is_read(
     mllm: MLLMStage, diffusion: DiffusionStage, is_announced: bool
 ) -> None:
-    api = build_api(InProcessBackend(mllm, diffusion), timeout_s=60, limits=ImageLimits(max_bytes=1000))
+    api = api_over(InProcessBackend(mllm, diffusion), max_image_bytes=1000)
     num_sent = 0
 
     def body() -> Iterator[bytes]:
@@ -275,7 +274,7 @@ def test_every_answer_has_a_request_id_and_keeps_a_harmless_one(client: TestClie
 def test_an_edit_past_its_deadline_is_given_up_and_not_to_be_retried(
     mllm: MLLMStage, diffusion: DiffusionStage, photo: Photo
 ) -> None:
-    client = TestClient(build_api(InProcessBackend(mllm, diffusion), timeout_s=0.1))
+    client = TestClient(api_over(InProcessBackend(mllm, diffusion), timeout_s=0.1))
     response = send(client, photo(), prompt="p", steps=1000, n=10)
     assert (response.status_code, error_of(response)["code"]) == (504, "deadline_exceeded")
     assert response.headers["x-should-retry"] == "false"
@@ -331,7 +330,7 @@ def test_a_stream_tells_words_and_steps_in_comments_and_errors_in_the_form_of_th
 
 def test_a_full_engine_is_a_429_that_says_when_to_come_back(mllm: MLLMStage, random_bundle: Path, photo: Photo) -> None:
     full = DiffusionStage(str(random_bundle), device="cpu", max_pixels_in_flight=60_000, max_waiting=0)
-    client = TestClient(build_api(InProcessBackend(mllm, full), timeout_s=60))
+    client = TestClient(api_over(InProcessBackend(mllm, full)))
     [engine] = [one.engine for one in full._pool.models().values()]
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(send, client, photo(), prompt="p", steps=100)
@@ -353,7 +352,7 @@ def test_without_room_the_body_is_not_read(mllm: MLLMStage, diffusion: Diffusion
         raise AssertionError("the body was read")
         yield b""
 
-    client = TestClient(build_api(Full(mllm, diffusion), timeout_s=60))
+    client = TestClient(api_over(Full(mllm, diffusion)))
     answer = client.post(URL, content=body(), headers={"content-type": "multipart/form-data; boundary=x"})
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "3")
 
@@ -364,7 +363,7 @@ def test_an_edit_whose_client_goes_away_leaves_the_engine(
 ) -> None:
     stage = DiffusionStage(str(random_bundle), device="cpu")
     [engine] = [one.engine for one in stage._pool.models().values()]
-    api = build_api(InProcessBackend(mllm, stage), timeout_s=60)
+    api = api_over(InProcessBackend(mllm, stage))
     request = httpx2.Request(
         "POST",
         f"http://testserver{URL}",
@@ -406,7 +405,7 @@ def test_a_fault_of_ours_is_told_without_internals(
     random_bundle: Path, mllm: MLLMStage, diffusion: DiffusionStage, photo: Photo, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Faulty(InProcessBackend):
-        async def edit(self, call: EditCall, *, on_derived: OnDerived = lambda: None) -> EditOutcome:
+        def stream(self, call: EditCall, *, is_watched: bool = True) -> AsyncGenerator[EditEvent, None]:
             raise ValueError("canary")
 
     stopped = MLLMStage(str(random_bundle), device="cpu")
@@ -415,7 +414,7 @@ def test_a_fault_of_ours_is_told_without_internals(
         (Faulty(mllm, diffusion), 500, "canary"),
         (InProcessBackend(stopped, diffusion), 503, "the pool is closed"),
     ):
-        client = TestClient(build_api(backend, timeout_s=60), raise_server_exceptions=False)
+        client = TestClient(api_over(backend), raise_server_exceptions=False)
         response = send(client, photo(), prompt="p")
         assert (response.status_code, error_of(response)["type"]) == (status, "server_error")
         assert reason not in response.text
@@ -426,7 +425,7 @@ def test_a_fault_of_ours_is_told_without_internals(
 
 def test_stages_of_different_bundles_are_not_ready(mllm: MLLMStage, renamed_bundle: Path, photo: Photo) -> None:
     other = DiffusionStage(str(renamed_bundle), device="cpu")
-    client = TestClient(build_api(InProcessBackend(mllm, other), timeout_s=60))
+    client = TestClient(api_over(InProcessBackend(mllm, other)))
     for response in (client.get("/readyz"), client.get("/v1/models"), send(client, photo(), prompt="p")):
         assert (response.status_code, error_of(response)["code"]) == (503, "stage_unavailable")
         assert response.headers["retry-after"] == "1"
@@ -486,13 +485,13 @@ def test_concurrent_edits_share_batches_and_say_so(mllm: MLLMStage, diffusion: D
     backend = InProcessBackend(mllm, diffusion)
     forms = [EditForm(image=photo(seed=i), prompt=f"edit {i}", steps=2, seed=i) for i in range(6)]
 
+    async def mean_batch_size(form: EditForm) -> float:
+        call = EditCall(image=form.image or b"", options=edit_options(form), deadline=math.inf)
+        *_, outcome = [event async for event in backend.stream(call)]
+        assert isinstance(outcome, EditOutcome)
+        return outcome.rendered.run.mean_batch_size
+
     async def main() -> list[float]:
-        outcomes = await asyncio.gather(
-            *(
-                backend.edit(EditCall(image=form.image or b"", options=edit_options(form), deadline=math.inf))
-                for form in forms
-            )
-        )
-        return [outcome.rendered.run.mean_batch_size for outcome in outcomes]
+        return await asyncio.gather(*(mean_batch_size(form) for form in forms))
 
     assert max(asyncio.run(main())) > 1

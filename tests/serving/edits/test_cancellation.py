@@ -9,13 +9,13 @@ from typing import Any
 import httpx2
 import pytest
 
-from serving.api.routes import build_api
 from serving.edits import cancellation as cancels
 from serving.edits.cancellation import CancelBoard, RunningEdits
 from serving.edits.in_process import InProcessBackend
 from serving.errors import BoardError, CancelledEditError
 from serving.stages.diffusion import DiffusionStage
 from serving.stages.mllm import MLLMStage
+from tests.live import api_over
 from tests.waiting import until_async
 
 pytestmark = pytest.mark.slow
@@ -184,7 +184,7 @@ def test_delete_at_another_replica_takes_the_edit_out_of_the_engine(
 
     async def main() -> None:
         board = settled_board()
-        apis = [build_api(InProcessBackend(mllm, stage), timeout_s=60, board=board) for _ in range(2)]
+        apis = [api_over(InProcessBackend(mllm, stage), board=board) for _ in range(2)]
         async with AsyncExitStack() as stack:
             for api in apis:
                 await stack.enter_async_context(api.router.lifespan_context(api))

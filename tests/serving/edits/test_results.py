@@ -13,15 +13,13 @@ import openai
 import pytest
 from fastapi.testclient import TestClient
 
-from mgie.config import ImageLimits
 from mgie.images.files import read_image
-from serving.api.routes import build_api
 from serving.edits import results as kept
 from serving.edits.in_process import InProcessBackend
-from serving.edits.results import ResultStore
 from serving.stages.diffusion import DiffusionStage
 from serving.stages.mllm import MLLMStage
 from serving.storage.artifacts import ArtifactStore
+from tests.live import api_over
 from tests.serving.s3_store import S3Store
 from tests.waiting import until
 
@@ -48,7 +46,7 @@ class Replicas:
 
     def open(self, *, keeps_all: bool = False, **settings: Any) -> TestClient:
         store = ArtifactStore.open(self.url, ttl_s=3600, clock=self.clock)
-        api = build_api(self._backend, timeout_s=60, kept=ResultStore(store, keeps_all=keeps_all), **settings)
+        api = api_over(self._backend, store=store, keep_results=keeps_all, **settings)
         return TestClient(api, raise_server_exceptions=False)
 
 
@@ -205,19 +203,11 @@ def test_what_has_expired_is_deleted_while_the_service_runs(
 
 def test_a_result_of_more_bytes_than_a_photo_may_have_can_be_edited_on(replicas: Replicas, photo: Photo) -> None:
     image = photo(200, 150, file_type="JPEG")
-    client = replicas.open(limits=ImageLimits(max_bytes=len(image)))
+    client = replicas.open(max_image_bytes=len(image))
     kept = send(client, image=image, keep="true")
     assert len(b64(kept)) > len(image)
     assert error_of(send(client, image=b64(kept))) == (413, "image", "image_too_large")
     assert b64(send(client, previous=kept.json()["mgie"]["id"], size="400x300"))
-
-
-def test_a_service_that_keeps_nothing_refuses_by_name(client: TestClient, photo: Photo) -> None:
-    for fields in ({"response_format": "url"}, {"keep": "true"}):
-        (param,) = fields
-        assert error_of(send(client, image=photo(), **fields)) == (400, param, "unsupported_value")
-    assert error_of(send(client, previous="x")) == (400, "previous", "unsupported_value")
-    assert client.get(FILES + "0" * 40).status_code == 404
 
 
 def test_a_store_in_trouble_is_a_503_without_internals_and_not_to_be_retried(

@@ -9,14 +9,13 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from mgie.config import ImageLimits
 from mgie.errors import ConfigError
 from mgie.images.files import read_image
-from serving.api.routes import build_api
 from serving.edits.in_process import InProcessBackend
-from serving.edits.safety import CheckedBackend, SafetyCheck, load_check
+from serving.edits.safety import SafetyCheck, load_check
 from serving.stages.diffusion import DiffusionStage
 from serving.stages.mllm import MLLMStage
+from tests.live import api_over
 
 pytestmark = pytest.mark.slow
 
@@ -43,8 +42,7 @@ def check() -> Recorder:
 
 @pytest.fixture
 def checked(mllm: MLLMStage, diffusion: DiffusionStage, check: Recorder) -> TestClient:
-    backend = CheckedBackend(InProcessBackend(mllm, diffusion), check, limits=ImageLimits())
-    return TestClient(build_api(backend, timeout_s=60), raise_server_exceptions=False)
+    return TestClient(api_over(InProcessBackend(mllm, diffusion), check=check), raise_server_exceptions=False)
 
 
 def send(client: TestClient, image: bytes, **fields: Any) -> Any:

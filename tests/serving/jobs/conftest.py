@@ -11,22 +11,20 @@ import httpx2
 import pytest
 
 from mgie.config import ImageLimits
-from serving.api.routes import build_api
-from serving.edits.backend import EditBackend, EditEvent, EditOutcome, OnDerived, ServiceStats
+from serving.edits.backend import EditBackend, EditEvent, EditOutcome, ServiceStats
 from serving.edits.call import EditCall
 from serving.edits.cancellation import Board
 from serving.edits.in_process import InProcessBackend
-from serving.edits.results import ResultStore
 from serving.jobs.runner import JobSettings
 from serving.jobs.store import JobStore
 from serving.stages.diffusion import DiffusionStage
 from serving.stages.messages import BundleInfo
 from serving.stages.mllm import MLLMStage
-from serving.storage.artifacts import ArtifactStore
+from serving.storage.artifacts import ArtifactStore, open_blobs
 from serving.storage.blobs import LocalBlobs
-from serving.storage.stores import open_blobs
 from serving.telemetry.metrics import Meter, unmetered
 from serving.telemetry.tracing import NO_SPANS, Spans
+from tests.live import api_over
 from tests.waiting import POLL_S, until, until_async
 
 TTL_S = 4000.0
@@ -51,7 +49,7 @@ class Failing:
         self.num_open = self.most_open = 0
         self.seeds: list[int] = []
 
-    async def stream(self, call: EditCall) -> AsyncGenerator[EditEvent, None]:
+    async def stream(self, call: EditCall, *, is_watched: bool = True) -> AsyncGenerator[EditEvent, None]:
         self.num_calls += 1
         if self.errors:
             raise self.errors.pop(0)
@@ -59,13 +57,10 @@ class Failing:
         self.num_open += 1
         self.most_open = max(self.most_open, self.num_open)
         try:
-            async for event in self._backend.stream(call):
+            async for event in self._backend.stream(call, is_watched=is_watched):
                 yield event
         finally:
             self.num_open -= 1
-
-    async def edit(self, call: EditCall, *, on_derived: OnDerived = lambda: None) -> EditOutcome:
-        return await self._backend.edit(call, on_derived=on_derived)
 
     def check_room(self) -> None:
         self._backend.check_room()
@@ -87,8 +82,8 @@ class Held(Failing):
         super().__init__(backend)
         self.may_end = threading.Event()
 
-    async def stream(self, call: EditCall) -> AsyncGenerator[EditEvent, None]:
-        async for event in super().stream(call):
+    async def stream(self, call: EditCall, *, is_watched: bool = True) -> AsyncGenerator[EditEvent, None]:
+        async for event in super().stream(call, is_watched=is_watched):
             if isinstance(event, EditOutcome):
                 await until_async(self.may_end.is_set)
             yield event
@@ -174,7 +169,7 @@ class Replicas:
         return ArtifactStore(open_blobs(self.url), ttl_s=TTL_S, clock=self.clock)
 
     def jobs(self) -> JobStore:
-        return JobStore(self.artifacts(), limits=ImageLimits(), clock=self.clock)
+        return JobStore(self.artifacts(), limits=ImageLimits())
 
     def open(
         self,
@@ -191,13 +186,10 @@ class Replicas:
         Args:
             is_at_work: False: it accepts and answers, and runs nothing.
         """
-        jobs = self.jobs()
-        api = build_api(
+        api = api_over(
             backend or self.backend,
-            timeout_s=60,
-            kept=ResultStore(jobs.artifacts),
-            jobs=jobs,
-            job_settings=JobSettings(**{"poll_s": 0.03, "lease_s": 1.0} | settings),
+            store=self.artifacts(),
+            jobs=JobSettings(**{"poll_s": 0.03, "lease_s": 1.0} | settings),
             board=board,
             meter=meter,
             spans=spans,

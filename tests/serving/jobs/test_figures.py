@@ -7,6 +7,7 @@ from serving.jobs.record import CLOCK_SKEW_S
 from serving.telemetry.tracing import Spans
 from tests.serving.figures import Figures
 from tests.serving.jobs.conftest import Failing, Replicas
+from tests.waiting import until
 
 pytestmark = pytest.mark.slow
 
@@ -36,6 +37,7 @@ def test_a_job_taken_over_counts_as_begun_again(replicas: Replicas, small: bytes
     replicas.clock.now_s += LEASE_S + CLOCK_SKEW_S
     there = replicas.open(meter=second, lease_s=LEASE_S)
     there.wait(job_id, "done")
+    until(lambda: second.of("job_seconds"))  # a moment after the end can be read
     there.close()
     assert (first.of("job_retries"), second.of("job_retries")) == ([], [1])
     assert (first.tags("jobs"), second.tags("jobs")) == ([], [{"status": "done"}])

@@ -7,10 +7,6 @@ from typing import Any
 
 import pytest
 
-from serving.api.routes import build_api
-from serving.edits.in_process import InProcessBackend
-from serving.stages.diffusion import DiffusionStage
-from serving.stages.mllm import MLLMStage
 from tests.serving.jobs.conftest import ASYNC, LONG, TTL_S, Replica, Replicas
 
 pytestmark = pytest.mark.slow
@@ -131,13 +127,6 @@ def test_what_cannot_be_is_refused_by_name(
 def test_a_photo_that_cannot_be_read_is_refused_rather_than_accepted(replicas: Replicas) -> None:
     answer = replicas.open(is_at_work=False).post(b"no picture")
     assert error_of(answer)[::2] == (415, "invalid_image")
-
-
-def test_a_service_without_a_store_takes_no_jobs(mllm: MLLMStage, diffusion: DiffusionStage, small: bytes) -> None:
-    api = build_api(InProcessBackend(mllm, diffusion), timeout_s=60)
-    replica = Replica(api, is_at_work=False)
-    assert error_of(replica.post(small)) == (400, "Prefer", "unsupported_value")
-    replica.close()
 
 
 def test_the_same_key_gives_the_same_job_and_another_request_is_refused(replicas: Replicas, small: bytes) -> None:

@@ -16,9 +16,8 @@ from serving.errors import JobEndedError, KeyReusedError, NotFoundError
 from serving.jobs.record import JobRecord, Lease
 from serving.jobs.store import HEAD_START_S, Job, JobRequest, JobStore, QueueEntry, form_digest
 from serving.schema import EditForm
-from serving.storage.artifacts import ArtifactStore
+from serving.storage.artifacts import ArtifactStore, open_blobs
 from serving.storage.blobs import LocalBlobs
-from serving.storage.stores import open_blobs
 from tests.serving.s3_store import S3Store
 
 pytestmark = pytest.mark.slow
@@ -42,7 +41,7 @@ class Shop:
 
     def open(self) -> JobStore:
         artifacts = ArtifactStore(open_blobs(self.url), ttl_s=TTL_S, clock=self.clock)
-        return JobStore(artifacts, limits=ImageLimits(), clock=self.clock)
+        return JobStore(artifacts, limits=ImageLimits())
 
 
 @pytest.fixture(params=["folder", "s3"])

@@ -340,11 +340,13 @@ def test_calls_of_webhooks_are_counted_by_what_became_of_them(
     figures = Figures()
     here = replicas.open(meter=figures, webhooks=allowing(receiver.host))
     webhook_of(here, here.accept(small, webhook_url=receiver.url), "delivered")
+    until(lambda: figures.tags("webhooks"))  # a moment after it can be read
     here.close()
     accepting = replicas.open(is_at_work=False, webhooks=allowing(receiver.host))
     job_id = accepting.accept(small, webhook_url=receiver.url)
     there = replicas.open(meter=figures)  # a service that no longer calls any
     webhook_of(there, job_id, "given_up")
+    until(lambda: len(figures.tags("webhooks")) > 1)
     there.close()
     assert len(receiver.got) == 1
     assert figures.tags("webhooks") == [{"status": "delivered"}, {"status": "given_up"}]

@@ -6,8 +6,8 @@ import pytest
 import serving.storage.s3_blobs
 from mgie.errors import ConfigError
 from serving.errors import StoreError
+from serving.storage.artifacts import open_blobs
 from serving.storage.blobs import Blobs
-from serving.storage.stores import open_blobs
 from tests.serving.s3_store import Fault, S3Store
 
 pytestmark = pytest.mark.slow

@@ -18,15 +18,12 @@ from ray._common.formatters import JSONFormatter
 
 from mgie.errors import BundleError
 from serving.access.keys import KeyRing
-from serving.api.routes import build_api
 from serving.edits.in_process import InProcessBackend
-from serving.edits.results import ResultStore
-from serving.edits.safety import CheckedBackend
 from serving.errors import RequestError, SafetyCheckError
 from serving.stages.diffusion import DiffusionStage
 from serving.stages.mllm import MLLMStage
-from serving.storage.artifacts import ArtifactStore
 from serving.telemetry.logs import WITHHELD, _Forward, configure_logs, describe_error
+from tests.live import api_over
 
 Photo = Callable[..., bytes]
 URL = "/v1/images/edits"
@@ -82,10 +79,10 @@ def rough_check(picture: Image.Image, instruction: str, *, where: str) -> str | 
 
 @pytest.fixture
 def client(mllm: MLLMStage, diffusion: DiffusionStage, tmp_path: Path) -> Iterator[TestClient]:
-    api = build_api(
-        CheckedBackend(InProcessBackend(mllm, diffusion), rough_check, limits=mllm._limits),
-        timeout_s=60,
-        kept=ResultStore(ArtifactStore.open(str(tmp_path), ttl_s=3600)),
+    api = api_over(
+        InProcessBackend(mllm, diffusion),
+        tmp_path,
+        check=rough_check,
         keys=KeyRing(text=KEYS),
     )
     with TestClient(api, raise_server_exceptions=False) as client:
@@ -160,8 +157,8 @@ def test_words_are_logged_where_the_operator_wants_them(
     make_log: Callable[..., Log], mllm: MLLMStage, diffusion: DiffusionStage, photo: Photo
 ) -> None:
     log = make_log(shows_words=True)
-    backend = CheckedBackend(InProcessBackend(mllm, diffusion), rough_check, limits=mllm._limits)
-    client = TestClient(build_api(backend, timeout_s=60, logs_prompts=True), raise_server_exceptions=False)
+    api = api_over(InProcessBackend(mllm, diffusion), check=rough_check, log_prompts=True)
+    client = TestClient(api, raise_server_exceptions=False)
     for prompt, status in (("make it night", 200), ("quote canary", 500)):
         answer = client.post(URL, files={"image": photo()}, data={"prompt": prompt, "expressive": "x", "steps": "1"})
         assert answer.status_code == status
