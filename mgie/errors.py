@@ -10,13 +10,13 @@
     │   └── ConversionError      a published checkpoint cannot become a bundle
     ├── DataError                a data set, ledger or cache is not what it should be
     ├── TrainingError            a training run cannot go on
+    ├── EditStoppedError         the caller's own step callback stopped the edit
     ├── RenderError              the diffusion model's output is no picture
     ├── EngineFullError          the engine has no room for another edit; later it may
     ├── DeadlineError            an edit was not done in its time
     └── ParityError              a folder of reference vectors cannot be read
     RuntimeError
-    ├── EngineClosedError        the engine was closed before the edit ended
-    └── EditStoppedError         the caller's own step callback stopped the edit
+    └── EngineClosedError        the engine was closed before the edit ended
 
 A message names the thing, the value got and the value allowed. Knows nothing of HTTP: `serving`
 maps these classes to status codes in one table.
@@ -74,6 +74,10 @@ class TrainingError(MGIEError):
     """A training run cannot go on: its losses or gradients are not finite any more."""
 
 
+class EditStoppedError(MGIEError):
+    """The caller's own step callback stopped the edit by returning False."""
+
+
 class RenderError(MGIEError):
     """The diffusion model's output is no picture: not all of it is finite."""
 
@@ -102,7 +106,3 @@ class ParityError(MGIEError):
 
 class EngineClosedError(RuntimeError):
     """The engine was closed before the edit was done."""
-
-
-class EditStoppedError(RuntimeError):
-    """The caller's own step callback stopped the edit by returning False."""

@@ -71,7 +71,7 @@ def _open_hub(name: str) -> BundleRecord:
             OSError,
         ) as error:
             raise BundleError(
-                f"bundle {name!r} is neither a local folder nor to be had from the hub: {str(error).partition(chr(10))[0]}"
+                f"bundle {name!r} is neither a local folder nor to be had from the hub: {error}"
             ) from error
 
     root = download([CONFIG_FILE], given or None)

@@ -199,6 +199,8 @@ def test_one_value_holds_for_all_of_a_list_and_words_are_derived_once(editor: Ed
     [
         ({"image": [picture(), b"nothing"]}, "picture 2 of 2: image has an unknown format"),
         ({"image": [picture(), picture()], "instruction": ["x", " "]}, "picture 2 of 2: prompt is empty"),
+        ({"instruction": ["x", "\U0001f600" * 3000]}, "picture 2 of 2: prompt has"),
+        ({"expressive": ["x", "\U0001f600" * 3000]}, "picture 2 of 2: prompt and expressive instruction have"),
         ({"image": [picture()] * 3, "mask": [None, Image.new("L", (3, 3), 255), None]}, "picture 2 of 3: mask"),
         ({"seed": [1, -1]}, "picture 2 of 2: seed is -1"),
         ({"image": [picture()] * 3, "seed": [1, 2]}, "lists have lengths {'image': 3, 'seed': 2}"),
