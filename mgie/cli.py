@@ -130,6 +130,7 @@ def edit(
     from mgie.editor import CheckedEdit, Editor  # here: it needs torch, which `--help`, `info` and refusals do without
 
     editor = Editor.load(bundle, device=device, dtype=dtype)
+    editor.renderer.schedule(settings)  # refuses what does not fit the bundle
     _warn_untrained(editor.bundle)
 
     def fail(item: _Edit, error: Exception, targets: Sequence[Path]) -> None:

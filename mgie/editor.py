@@ -256,6 +256,7 @@ class Editor:
                 edits += self.check(
                     images[i], words[i], settings=settings, expressive=own[i], mask=masks[i], seed=seeds[i], n=n
                 )
+        self.renderer.schedule(settings)  # refuses what does not fit the bundle
         results: dict[int, EditResult] = {}
         stream = self.stream(enumerate(edits), generation=generation, batch_size=batch_size, on_step=on_step)
         for number, result in stream:

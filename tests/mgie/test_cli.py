@@ -254,6 +254,7 @@ def test_results_are_not_overwritten_unless_asked(run: Run, tmp_path: Path) -> N
         (("edit", "photo.png", "x", "--dtype", "int8"), "dtype is 'int8'"),
         (("edit", "photo.png", "x", "--out", "a.gif"), "a.gif does not end in one of"),
         (("edit", "empty", "x"), "empty holds no image"),
+        (("edit", "photos", "x", *FAST, "--steps", "1000", "--sampler", "dpmpp_2m"), "steps is 1000; dpmpp_2m with"),
         (("edit", "photo.png", "x", "--n", "0"), "n is 0; it must be 1 to 10"),
         (("edit", "photo.png", "x", "--batch-size", "0"), "batch_size is 0"),
         (("edit", "photo.png", "x", "--mask", "text.png"), "mask cannot be used: image has an unknown format"),
