@@ -136,7 +136,7 @@ def test_what_of_a_folder_is_skipped_is_said(run: Run, tmp_path: Path) -> None:
     assert done.status == 0
     assert sorted(p.name for p in (tmp_path / "edited").iterdir()) == ["a-edited.png", "b-edited.png"]
     [line] = [line for line in done.err.splitlines() if line.startswith("skipped")]
-    assert line == f"skipped no images: {', '.join(f'{i:02d}.txt' for i in range(10))}, and 12 more; 2 hidden files"
+    assert line == f"skipped no images: {', '.join(f'{i:02d}.txt' for i in range(10))}, and 12 more; hidden files: 2"
 
 
 def test_a_folder_that_was_interrupted_goes_on(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
