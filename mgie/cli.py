@@ -130,6 +130,7 @@ def edit(
     from mgie.editor import CheckedEdit, Editor  # here: it needs torch, which `--help`, `info` and refusals do without
 
     editor = Editor.load(bundle, device=device, dtype=dtype)
+    editor.renderer.schedule(settings)  # refuses what does not fit the bundle
     _warn_untrained(editor.bundle)
 
     def fail(item: _Edit, error: Exception, targets: Sequence[Path]) -> None:
@@ -223,7 +224,7 @@ def _list_images(folder: Path) -> list[Path]:
     if len(others) > _MAX_NAMED:
         others[_MAX_NAMED:] = [f"and {len(others) - _MAX_NAMED} more"]
     notes = [f"no images: {', '.join(others)}"] if others else []
-    notes += [f"{len(found) - len(shown)} hidden files"] if len(shown) < len(found) else []
+    notes += [f"hidden files: {len(found) - len(shown)}"] if len(shown) < len(found) else []
     if not images:
         raise ImageError(f"{folder} holds no image; looked for {', '.join(IMAGE_SUFFIXES)}")
     if notes:

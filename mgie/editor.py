@@ -37,11 +37,11 @@ from mgie.images.pictures import load_image, load_mask
 from mgie.inference.batch_failures import bisect_failures
 from mgie.inference.conditioner import Conditioner, EditCondition, EditRequest
 from mgie.inference.renderer import Renderer, RenderRequest, RenderStep
-from mgie.model.prompts import check_text
 from mgie.storage.folder import open_folder
 
 Picture = Image.Image | str | Path | bytes | IO[bytes] | io.BufferedIOBase | NDArray[Any] | Tensor
 "see `load_image`"
+Pictures = Picture | Sequence[Picture]
 K = TypeVar("K")
 OnStep = Callable[[RenderStep], object]
 BATCH_SIZE = 8  # images at a time, unless another number is asked for
@@ -178,17 +178,12 @@ class Editor:
 
     @overload
     def edit(
-        self,
-        image: Picture | Sequence[Picture],
-        instruction: str | Sequence[str],
-        *,
-        n: int = 1,
-        **options: Unpack[EditOptions],
+        self, image: Pictures, instruction: str | Sequence[str], *, n: int = 1, **options: Unpack[EditOptions]
     ) -> list[EditResult]: ...
 
     def edit(
         self,
-        image: Picture | Sequence[Picture],
+        image: Pictures,
         instruction: str | Sequence[str],
         *,
         n: int = 1,
@@ -261,6 +256,7 @@ class Editor:
                 edits += self.check(
                     images[i], words[i], settings=settings, expressive=own[i], mask=masks[i], seed=seeds[i], n=n
                 )
+        self.renderer.schedule(settings)  # refuses what does not fit the bundle
         results: dict[int, EditResult] = {}
         stream = self.stream(enumerate(edits), generation=generation, batch_size=batch_size, on_step=on_step)
         for number, result in stream:
@@ -290,13 +286,11 @@ class Editor:
         """
         if mask is not None:
             check_mask(mask, self.renderer.framing(image.size, settings))
-        check_text(instruction, "prompt")
-        if expressive is not None:
-            check_text(expressive, "expressive")
         check_range("n", n, 1, _MAX_RESULTS)
         first = random_seed() if seed is None else operator.index(seed)
         check_range("seed", first, 0, MAX_SEED - n + 1)
         request = EditRequest(image=image, instruction=instruction, expressive=expressive)
+        self._conditioner.num_prompt_tokens(request)  # refuses texts that do not fit
         return [CheckedEdit(request=request, settings=settings, seed=first + i, mask=mask) for i in range(n)]
 
     def stream(

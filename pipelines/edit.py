@@ -197,7 +197,8 @@ class _Edit:
         rows = self._edit(table).to_pylist()
         for row in rows:
             if row["data"] is not None:
-                row["edited"] = f"{_IMAGES}/{row['id']:016x}.{self._format}"
+                name = posixpath.splitext(posixpath.basename(row["image"]))[0][:100]
+                row["edited"] = f"{_IMAGES}/{name}-edited-{row['id']:016x}.{self._format}"
                 self._out.write(row["edited"], row["data"])
         finished = to_table([{name: row[name] for name in EDITS_SCHEMA.names} for row in rows], EDITS_SCHEMA)
         write_part(self._out, finished, ids_key(finished))

@@ -1,10 +1,10 @@
-"""A batch that fails is halved down to the row at fault, so that one row never costs its neighbours."""
+"""A batch that fails is halved down to the item at fault, so that one never costs its neighbours."""
 
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from mgie.errors import ConfigError, MGIEError
+from mgie.errors import ConfigError, EditStoppedError, MGIEError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -27,8 +27,8 @@ def bisect_failures(
         results = work([key(item) for item in items])
     except (RuntimeError, MGIEError) as error:
         is_full = _is_out_of_memory(error)
-        if isinstance(error, ConfigError) or not (is_full or isinstance(error, MGIEError)):
-            raise  # wrong for every row, or a bug
+        if isinstance(error, ConfigError | EditStoppedError) or not (is_full or isinstance(error, MGIEError)):
+            raise  # wrong for every row, the caller's wish, or a bug
         if len(items) == 1:
             return [error]
         if is_full and (torch := sys.modules["torch"]).cuda.is_available():

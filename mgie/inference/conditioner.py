@@ -85,7 +85,7 @@ class Conditioner(Protocol):
         """Length that the request has in a batch before anything is generated; equal lengths need no padding.
 
         Raises:
-            PromptError: A text is blank or too long.
+            PromptError: A text is blank or too long for the model (and what the bundle lets it write).
         """
         ...
 
@@ -151,7 +151,9 @@ class MLLMConditioner:
         _check_texts(request)
         if request.expressive is not None:
             return len(self._encode_answered(request).ids)
-        return len(self._encode_question(request))
+        num_tokens = len(self._encode_question(request))
+        self._generator.check_length(num_tokens, self._generation)
+        return num_tokens
 
     def _image_features(self, requests: Sequence[EditRequest]) -> Float[Tensor, "B P D"]:
         if self._clip_pixels is None:  # P = 0
@@ -162,7 +164,14 @@ class MLLMConditioner:
         return encode_question(self._tokenizer, request.instruction, self._mllm.num_patches)
 
     def _encode_answered(self, request: EditRequest) -> EncodedPrompt:
-        return encode_answered(self._tokenizer, request.instruction, request.expressive or "", self._mllm.num_patches)
+        prompt = encode_answered(self._tokenizer, request.instruction, request.expressive or "", self._mllm.num_patches)
+        if len(prompt.ids) > self._mllm.max_positions:
+            raise PromptError(
+                f"prompt and expressive instruction have {len(prompt.ids)} tokens; "
+                f"at most {self._mllm.max_positions} fit the model",
+                param="expressive",
+            )
+        return prompt
 
     def _generate(
         self,
@@ -185,13 +194,6 @@ class MLLMConditioner:
 
     def _force(self, requests: Sequence[EditRequest], features: Float[Tensor, "B P D"]) -> list[EditCondition]:
         prompts = [self._encode_answered(request) for request in requests]
-        for prompt in prompts:
-            if len(prompt.ids) > self._mllm.max_positions:
-                raise PromptError(
-                    f"prompt and expressive instruction have {len(prompt.ids)} tokens; "
-                    f"at most {self._mllm.max_positions} fit the model",
-                    param="expressive",
-                )
         ids, mask = pad([prompt.ids for prompt in prompts], self._tokenizer.pad_id)
         ids, mask = ids.to(self._mllm.device), mask.to(self._mllm.device)
         hidden = self._mllm(self._mllm.embed(ids, features), mask)
@@ -264,19 +266,10 @@ class TextConditioner:
         is_wanted: Callable[[int], bool] | None = None,  # noqa: ARG002  # the Protocol's
     ) -> list[EditCondition]:
         """See `Conditioner`; nothing is generated: only the words matter, and all of them end together."""
-        for request in requests:
-            _check_texts(request)
         if not requests:
             return []
         texts = [request.instruction if request.expressive is None else request.expressive for request in requests]
-        # split_special_tokens: a user's "<|endoftext|>" stays text.
-        ids = [self._tokenizer(text, split_special_tokens=True)["input_ids"] for text in ["", *texts]]
-        for request, row in zip(requests, ids[1:], strict=True):
-            if len(row) > self._length:
-                raise PromptError(
-                    f"text has {len(row)} tokens; the text encoder takes at most {self._length}",
-                    param="prompt" if request.expressive is None else "expressive",
-                )
+        ids = [self._encode(""), *map(self._encode_request, requests)]
         padded = torch.tensor([row + [self._tokenizer.pad_token_id] * (self._length - len(row)) for row in ids])
         states = self._encoder(input_ids=padded.to(self._encoder.device)).last_hidden_state.cpu()
         return [
@@ -295,5 +288,20 @@ class TextConditioner:
 
     def num_prompt_tokens(self, request: EditRequest) -> int:
         """See `Conditioner`: every text is padded to the encoder's length."""
-        _check_texts(request)
+        self._encode_request(request)
         return self._length
+
+    def _encode_request(self, request: EditRequest) -> list[int]:
+        _check_texts(request)
+        ids = self._encode(request.instruction if request.expressive is None else request.expressive)
+        if len(ids) > self._length:
+            raise PromptError(
+                f"text has {len(ids)} tokens; the text encoder takes at most {self._length}",
+                param="prompt" if request.expressive is None else "expressive",
+            )
+        return ids
+
+    def _encode(self, text: str) -> list[int]:
+        # split_special_tokens: a user's "<|endoftext|>" stays text.
+        ids: list[int] = self._tokenizer(text, split_special_tokens=True)["input_ids"]
+        return ids

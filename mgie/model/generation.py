@@ -142,13 +142,8 @@ class Generator:
         Raises:
             PromptError: A prompt and its output would not fit the LLM's context.
         """
-        room = self._mllm.max_positions - config.max_new_tokens
         for prompt in prompts:
-            if len(prompt) > room:
-                raise PromptError(
-                    f"prompt has {len(prompt)} tokens with its image; at most {room} fit beside {config.max_new_tokens} new ones",
-                    param="prompt",
-                )
+            self.check_length(len(prompt), config)
         if not prompts:
             return []
         rules = _Rules(config, is_settled, is_wanted)
@@ -167,6 +162,15 @@ class Generator:
             )
             for row in rows
         ]
+
+    def check_length(self, num_tokens: int, config: GenerationConfig) -> None:
+        """Raises PromptError: so many tokens and their output would not fit the LLM's context."""
+        room = self._mllm.max_positions - config.max_new_tokens
+        if num_tokens > room:
+            raise PromptError(
+                f"prompt has {num_tokens} tokens with its image; at most {room} fit beside {config.max_new_tokens} new ones",
+                param="prompt",
+            )
 
     def _prefill(self, prompts: Sequence[list[int]], features: Tensor, config: GenerationConfig) -> _Group:
         device, longest = self._mllm.device, max(len(prompt) for prompt in prompts)

@@ -138,7 +138,7 @@ def test_what_of_a_folder_is_skipped_is_said(run: Run, tmp_path: Path) -> None:
     assert done.status == 0
     assert sorted(p.name for p in (tmp_path / "edited").iterdir()) == ["a-edited.png", "b-edited.png"]
     [line] = [line for line in done.err.splitlines() if line.startswith("skipped")]
-    assert line == f"skipped no images: {', '.join(f'{i:02d}.txt' for i in range(10))}, and 12 more; 2 hidden files"
+    assert line == f"skipped no images: {', '.join(f'{i:02d}.txt' for i in range(10))}, and 12 more; hidden files: 2"
 
 
 def test_a_folder_that_was_interrupted_goes_on(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,6 +256,7 @@ def test_results_are_not_overwritten_unless_asked(run: Run, tmp_path: Path) -> N
         (("edit", "photo.png", "x", "--dtype", "int8"), "dtype is 'int8'"),
         (("edit", "photo.png", "x", "--out", "a.gif"), "a.gif does not end in one of"),
         (("edit", "empty", "x"), "empty holds no image"),
+        (("edit", "photos", "x", *FAST, "--steps", "1000", "--sampler", "dpmpp_2m"), "steps is 1000; dpmpp_2m with"),
         (("edit", "photo.png", "x", "--n", "0"), "n is 0; it must be 1 to 10"),
         (("edit", "photo.png", "x", "--batch-size", "0"), "batch_size is 0"),
         (("edit", "photo.png", "x", "--mask", "text.png"), "mask cannot be used: image has an unknown format"),
@@ -306,7 +307,6 @@ def test_what_cannot_be_done_is_one_line_and_status_two(
         ("--guidance-scale", "99"),
         ("--out", "/proc/a.png"),
         ("--mask", "none.png"),
-        ("--bundle", "a/b"),
     ],
 )
 def test_what_can_be_refused_is_before_anything_is_loaded(
@@ -318,7 +318,6 @@ def test_what_can_be_refused_is_before_anything_is_loaded(
     monkeypatch.setattr(Editor, "load", fail)
     done = run("edit", save_picture(tmp_path / "photo.png"), "x", *flags)
     assert (done.status, done.err.count("\n")) == (2, 1), done.err
-    assert "internet" not in done.err
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--steps", "abc"), ("--seed", "1.5"), ("--guidance-scale", "high")])
