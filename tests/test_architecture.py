@@ -44,7 +44,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         *("app", "local_cluster", "demo"),
     ),
     "pipelines": (
-        *("runs", "readers", "stages", "training", "reports"),
+        *("runs", "readers", "stages", "reports", "training"),
         *("prepare", "summarize", "cache", "train", "edit", "evaluate", "export", "tiny", "compare"),
     ),
 }
@@ -433,6 +433,7 @@ LIGHT = (
     "pipelines.summarize",
     "pipelines.cache",
     "pipelines.edit",
+    "pipelines.train",
     "pipelines.evaluate",
     "pipelines.export",
     "pipelines.stages.fetch",
