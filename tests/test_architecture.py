@@ -45,7 +45,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         *("app", "local_cluster", "demo"),
     ),
     "pipelines": (
-        *("runs", "readers", "stages", "training", "reports"),
+        *("runs", "readers", "stages", "reports", "training"),
         *("prepare", "summarize", "cache", "train", "edit", "evaluate", "export", "tiny", "compare"),
     ),
 }
@@ -434,6 +434,7 @@ LIGHT = (
     "pipelines.summarize",
     "pipelines.cache",
     "pipelines.edit",
+    "pipelines.train",
     "pipelines.evaluate",
     "pipelines.export",
     "pipelines.stages.fetch",

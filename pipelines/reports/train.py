@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 from pipelines.reports.svg import below, between, dot, line, svg, text
-from pipelines.training.tracking import Scalar
 
 _WIDTH, _HEIGHT, _MARGIN = 640, 220, 48
 _COLORS = ("#1565c0", "#c62828", "#2e7d32", "#6a1b9a", "#ef6c00")
@@ -17,7 +16,7 @@ _PANELS = (
 Line = list[tuple[int, float]]
 
 
-def plot_run(steps: Mapping[int, Mapping[str, Scalar]]) -> str:
+def plot_run(steps: Mapping[int, Mapping[str, float | bool | None]]) -> str:
     """An SVG of three panels. Steps without a finite number leave a gap in no line: they are skipped."""
     panels = []
     for title, names in _PANELS:
@@ -29,7 +28,7 @@ def plot_run(steps: Mapping[int, Mapping[str, Scalar]]) -> str:
     return svg(_WIDTH, _HEIGHT * len(panels), moved)
 
 
-def _line(steps: Mapping[int, Mapping[str, Scalar]], name: str) -> Line:
+def _line(steps: Mapping[int, Mapping[str, float | bool | None]], name: str) -> Line:
     """Points, thinned out to means of neighbours."""
     points = [(step, float(value)) for step, scalars in steps.items() if (value := scalars.get(name)) is not None]
     size = -(-len(points) // _MAX_POINTS) or 1

@@ -118,7 +118,7 @@ def _parse(config_type: type[Config], about: str | None) -> Config:
 def _one_line(said: str) -> str:
     """What tyro says in a box of several parts, as one sentence: the first part, and what may have been meant."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", said)
-    parts = re.split(r"─{3,}", " ".join(line.strip("│ ") for line in text.splitlines()))
+    parts = re.split(r"[─-]{3,}", " ".join(line.strip("│ ") for line in text.splitlines()))
     parts = [" ".join(part.strip("╭╮╰╯─ ").split()) for part in parts[1:]]
     meant = next((re.findall(r"--[\w.-]+", part) for part in parts if part.startswith("Perhaps you meant")), [])
     parts[0] = re.sub(

@@ -14,10 +14,10 @@ import shutil
 import statistics
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import ray.train
@@ -40,17 +40,18 @@ from mgie.training.distributed import broadcast
 from mgie.training.trainer import StepRecord, Trainer, TrainerState, compute_in
 from mgie.training.variants import load_training_model, open_caches, training_side_px
 from pipelines.training.checkpoints import complete_snapshots, fetch_snapshot, upload_snapshot
+from pipelines.training.config import TrainConfig
 from pipelines.training.rows import FrozenRows, OpenRows, open_rows
 from pipelines.training.sample_sheet import SampleEditor
 from pipelines.training.tracking import FileTracker, Scalar, Tracker, Trackers, open_tracker
 
 _MAX_UPLOADS = 2  # checkpoints on the local disk at once, one of them being written
-_WARNING_STEPS = 10  # between questions to the cluster, at which all workers meet
+_MEETING_STEPS = 10  # between questions to the cluster and to the clock, at which all workers meet
+_MAX_SAVING = 0.05  # of the time, where checkpoints are made by the clock
 _SAVING, _CACHES = "saving-", "caches"
 _log = logging.getLogger(__name__)
 SCORE = "score"
 "The metric of a checkpoint by which the best are kept, least is best: its validation loss, else its training loss."
-KeepBy = Literal["last", "loss"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,33 +60,20 @@ class TrainingJob:
 
     out: Folder
     "the run"
-    config: TrainingConfig
+    settings: TrainConfig
     rows: FrozenRows
     images: tuple[Folder, ...]
     "roots of the images, one per ledger"
-    weights: tuple[float, ...]
-    "of the ledgers; empty = by size"
     cache: Folder | None
     init: str
     "the bundle that training begins from"
     identity: str
     "of that bundle"
-    threads: int
-    "of torch"
-    checkpoint_every: int
-    keep_by: KeepBy
-    validate_every: int
-    "0 = never"
-    num_validation: int
-    "rows at most"
-    sample_every: int
-    "0 = never"
-    num_samples: int
-    sample_steps: int
-    "of denoising"
-    log_every_s: float
-    tracker: str
-    loader_threads: int
+
+    @property
+    def config(self) -> TrainingConfig:
+        """What is trained, and how."""
+        return self.settings.training
 
     @property
     def num_steps(self) -> int:
@@ -101,7 +89,7 @@ def train_worker(job: TrainingJob) -> None:
         OSError: A store is in trouble.
     """
     # So that sums are made in the same order in every attempt.
-    torch.set_num_threads(job.threads)
+    torch.set_num_threads(job.settings.threads or max(1, int(job.settings.workers.num_cpus)))
     torch.manual_seed(job.config.seed)
     with _scratch(job.out) as scratch:
         _Worker(job, scratch).run()
@@ -139,11 +127,12 @@ class _Worker:
         self._validation: dict[str, float] = {}
         self._uploads = threading.Semaphore(_MAX_UPLOADS)
         self._is_warned = False
+        self._saved_at, self._save_s = time.monotonic(), 0.0
         self._restore()
         self._tracker: Tracker = Trackers(
             [
-                FileTracker(job.out, flush_every_s=job.log_every_s),
-                *filter(None, [open_tracker(job.tracker, job.out, scratch, step=self._trainer.step)]),
+                FileTracker(job.out, flush_every_s=job.settings.log_every_s),
+                *filter(None, [open_tracker(job.settings.tracker, job.out, scratch, step=self._trainer.step)]),
             ]
             if self._rank == 0
             else []
@@ -158,17 +147,24 @@ class _Worker:
             self._save(0)
         with contextlib.closing(self._tracker):
             for step in self._trainer.run(last):
-                saves = step % job.checkpoint_every == 0 or step == last or self._is_first_warning(step)
-                self._look(step, is_last=step == last, is_judged=saves and job.keep_by == "loss")
+                saves = step % job.settings.checkpoint_every == 0 or step == last or self._is_due(step)
+                began = time.monotonic()
+                self._look(step, is_last=step == last, is_judged=saves and job.settings.keep_by == "loss")
                 if saves:
                     self._save(step)
+                    self._saved_at = time.monotonic()
+                    self._save_s = self._saved_at - began
 
-    def _is_first_warning(self, step: int) -> bool:
-        """Whether the cluster has begun to take a node away: what is saved now need not be trained again."""
-        if self._is_warned or step % _WARNING_STEPS:
+    def _is_due(self, step: int) -> bool:
+        """Whether to save between times: much was trained since, or the cluster has begun to take a node away."""
+        if step % _MEETING_STEPS:
             return False
-        self._is_warned = ray.train.get_preemption_info() is not None  # the same on all workers
-        return self._is_warned
+        every_s = self._job.settings.checkpoint_every_s
+        is_late = every_s > 0 and time.monotonic() - self._saved_at > max(every_s, self._save_s / _MAX_SAVING)
+        if not self._is_warned and ray.train.get_preemption_info() is not None:  # the same on all workers
+            self._is_warned = True
+            return True
+        return broadcast(is_late)  # clocks differ
 
     # ---- data
 
@@ -180,7 +176,7 @@ class _Worker:
     def _loader(self) -> StepLoader:
         config = self._job.config
         order = MixedOrder(
-            [len(rows) for rows in self._rows.train], seed=config.seed, weights=self._job.weights or None
+            [len(rows) for rows in self._rows.train], seed=config.seed, weights=self._job.settings.weights or None
         )
         return StepLoader(
             self._maker(self._rows.train),
@@ -189,15 +185,15 @@ class _Worker:
             micro_batch=config.micro_batch,
             rank=self._rank,
             world_size=self._world_size,
-            num_threads=self._job.loader_threads,
-            ahead=4 * self._job.loader_threads,
+            num_threads=self._job.settings.loader_threads,
+            ahead=4 * self._job.settings.loader_threads,
         )
 
     def _validation_batches(self) -> Iterator[MicroBatch]:
         """This worker's share of the validation rows: evenly chosen, the same ones each time."""
         places = [Place(k, 0, row) for k, rows in enumerate(self._rows.validation) for row in range(len(rows))]
-        if len(places) > self._job.num_validation:
-            chosen = np.linspace(0, len(places) - 1, self._job.num_validation).astype(int)
+        if len(places) > self._job.settings.num_validation:
+            chosen = np.linspace(0, len(places) - 1, self._job.settings.num_validation).astype(int)
             places = [places[i] for i in chosen]
         if self._job.config.sharding == "fully_shard":
             # All workers must run the same number of forward passes: of too few rows each runs all.
@@ -219,12 +215,12 @@ class _Worker:
     def _look(self, step: int, *, is_last: bool, is_judged: bool) -> None:
         """Validates and draws, where it is time; a checkpoint that is to be judged is always validated."""
         job = self._job
-        due = is_last or is_judged or (job.validate_every and step % job.validate_every == 0)
-        if job.validate_every and job.rows.num_validation and due:
+        due = is_last or is_judged or (job.settings.validate_every and step % job.settings.validate_every == 0)
+        if job.settings.validate_every and job.rows.num_validation and due:
             means = self._trainer.validate(self._validation_batches())
             self._validation = {f"validation/{name}": value for name, value in means.items()}
             self._tracker.log(step, self._validation)
-        if self._sample and (is_last or step % job.sample_every == 0):
+        if self._sample and (is_last or step % job.settings.sample_every == 0):
             with (
                 self._trainer.averaged_weights(),
                 compute_in(job.config.dtype, self._made.model.vae.autoencoder.device),
@@ -235,12 +231,12 @@ class _Worker:
     def _sample_editor(self) -> Callable[[], Image.Image] | None:
         job = self._job
         # Sharded weights are whole only where all workers run.
-        if not job.sample_every or (self._rank and job.config.sharding != "fully_shard"):
+        if not job.settings.sample_every or (self._rank and job.config.sharding != "fully_shard"):
             return None
         sources = self._rows.validation if job.rows.num_validation else self._rows.train
-        first = itertools.islice(((rows, row) for rows in sources for row in rows.rows()), job.num_samples)
+        first = itertools.islice(((rows, row) for rows in sources for row in rows.rows()), job.settings.num_samples)
         examples = [rows.read(row) for rows, row in first]
-        return SampleEditor(self._bundle, self._made, job.config.variant, examples, num_steps=job.sample_steps)
+        return SampleEditor(self._bundle, self._made, job.config.variant, examples, num_steps=job.settings.sample_steps)
 
     # ---- checkpoints
 

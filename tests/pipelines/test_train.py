@@ -26,8 +26,9 @@ from pipelines.runs.lease import hold_lease
 from pipelines.runs.run_record import read_run
 from pipelines.stages.encode import EncodeLatents
 from pipelines.stages.squares import CACHED_SCHEMA, FetchSquares, cache_spec
-from pipelines.train import TrainConfig, WorkerSize, main, train
+from pipelines.train import main, train
 from pipelines.training.checkpoints import CHECKPOINTS, complete_snapshots
+from pipelines.training.config import TrainConfig, WorkerSize
 from pipelines.training.tracking import read_metrics
 from tests.pipelines.chaos import Cluster, wait_for
 from tests.pipelines.gates import TRACKER, close_gate, open_gate

@@ -45,7 +45,18 @@ TRAIN = [
     *("--ledger", f"s3://{BUCKET}/ledger", "--out", "run", "--init", f"s3://{BUCKET}/bundle", "--tracker", "none"),
     *("--training.steps", "12", "--training.global-batch", "4", "--training.micro-batch", "2"),
     *("--training.optimizer.ema-decay", "0.9", "--validation-share", "0.2", "--validate-every", "4"),
-    *("--checkpoint-every", "4", "--keep", "1", "--sample-every", "0", "--log-every-s", "0"),
+    *(
+        "--checkpoint-every",
+        "4",
+        "--checkpoint-every-s",
+        "0",
+        "--keep",
+        "1",
+        "--sample-every",
+        "0",
+        "--log-every-s",
+        "0",
+    ),
 ]
 
 

@@ -71,7 +71,7 @@ def train_flags(ledger: Folder, *, steps: int, checkpoint_every: int) -> list[st
         "--init", "random", "--ledger", ledger.url, "--training.steps", str(steps), "--checkpoint-every", str(checkpoint_every),
         "--training.global-batch", "4", "--training.micro-batch", "2", "--training.image-side-px", "64",
         "--validation-share", "0.2", "--validate-every", str(checkpoint_every), "--sample-every", "0",
-        "--log-every-s", "0",
+        "--log-every-s", "0", "--checkpoint-every-s", "0",
     ]  # fmt: skip
 
 
