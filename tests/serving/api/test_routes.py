@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import math
+import re
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +30,7 @@ from mgie.errors import (
     PromptError,
 )
 from mgie.images.files import read_image, read_metadata
+from serving import errors
 from serving.api.responses import ANSWERS, answer_error
 from serving.edits.backend import EditEvent, EditOutcome
 from serving.edits.call import EditCall, edit_options
@@ -461,11 +463,20 @@ def test_no_row_of_the_error_table_hides_a_later_one() -> None:
         assert not any(issubclass(kind, earlier) for earlier, _ in ANSWERS[:index])
 
 
+def test_every_error_of_the_service_is_in_its_tree_and_has_an_answer() -> None:
+    kinds = {kind for kind in vars(errors).values() if isinstance(kind, type) and kind.__module__ == errors.__name__}
+    assert kinds
+    assert set(re.findall(r"── (\w+)", errors.__doc__ or "")) == {kind.__name__ for kind in kinds} | {"BundleError"}
+    answered = tuple(kind for kind, _ in ANSWERS)
+    assert {kind for kind in kinds if not issubclass(kind, answered)} == {errors.SafetyCheckError}  # a 500
+
+
 def test_models_health_and_statistics(client: TestClient) -> None:
     assert client.get("/healthz").json() == {"status": "ok"}
     assert client.get("/readyz").json() == {"status": "ready"}
     (model,) = client.get("/v1/models").json()["data"]
     assert (model["id"], model["object"], model["mgie"]["trained"]) == ("random", "model", False)
+    assert model["mgie"]["limits"] == {"steps": 1000, "n": 10, "prompt_chars": 4000}
     stats = client.get("/stats").json()
     assert stats["mllm"]["work"]["num_items"] >= stats["mllm"]["work"]["num_batches"]
     assert stats["diffusion"]["work"]["mean_batch_size"] >= 0

@@ -44,6 +44,13 @@ def test_the_edit_of_a_job_survives_the_store() -> None:
     assert b"image" not in record().model_dump_json().encode().split(b'"call"')[1].split(b'"image":"i"')[0]
 
 
+def test_a_record_names_the_fields_of_an_edit_as_version_0_1_did() -> None:
+    assert list(stored_call(OPTIONS)) == [
+        "model", "instruction", "expressive", "overrides", "seed", "n", "deterministic", "num_partials",
+        "output_format", "output_quality", "output_wh", "keeps_lossless", "patience_s", "trace",
+    ]  # fmt: skip
+
+
 def test_a_job_is_due_when_its_pause_is_over_or_its_time_is_up() -> None:
     assert record().due_s() == 0
     assert record(not_before_s=150.0).due_s() == 150
