@@ -58,7 +58,7 @@ def test_settings_are_checked_before_anything_is_written(tmp_path: Path, given: 
 @pytest.mark.parametrize("name", ["clip", "clip_direction", "dino", "lpips"])
 def test_a_network_that_is_not_there_is_refused_before_anything_is_written(tmp_path: Path, name: str) -> None:
     write_manifest(tmp_path, drawn_rows(tmp_path, 2))
-    with pytest.raises(BundleError, match="network 'gone' is not a folder"):
+    with pytest.raises(BundleError, match="network 'gone' does not exist"):
         evaluate(_config(tmp_path, **{name: "gone"}))
     assert not (tmp_path / "out").exists()
 
