@@ -279,9 +279,9 @@ def convert_command(
         target: The bundle's folder, to be made.
         sources: The folders to read.
         name: Short name of the bundle; default: that of its folder.
-        dtype: Of the weights written; keep = as in the sources.
+        dtype: Number format of the weights written; keep = as in the sources.
         num_visual_tokens: Visual tokens of a fresh MGIE; default: 8.
-        seed: Of what a fresh MGIE draws.
+        seed: Seed of what a fresh MGIE draws.
         trained: Whether the weights are trained; default: yes, except for a fresh MGIE.
         replace: Replace a bundle that is there.
     """

@@ -260,7 +260,7 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     "gradients are scaled down to this norm over all of them; 0 = never"
     ema_decay: float = 0.999
-    "of the moving average of the trained weights; 0 = none is kept"
+    "decay of the moving average of the trained weights; 0 = none is kept"
 
     def __post_init__(self) -> None:
         for name in ("lr_tokens", "lr_edit_head", "lr_unet", "lr_llm", "lr_text_encoder", "weight_decay"):
@@ -329,7 +329,7 @@ class TrainingConfig:
     micro_batch: int = 8
     "samples at a time on one device; gradients are accumulated"
     seed: int = 0
-    "of order, noise, timesteps, dropout and augmentation"
+    "decides order, noise, timesteps, dropout and augmentation"
     image_side_px: int = 0
     "side of the square training images; 0 = that of the bundle, at most 256"
     max_length: int = 512

@@ -59,7 +59,7 @@ class EditResult:
     seed: int
     "give it again for the same result"
     settings: EditSettings
-    "as used"
+    "settings as used"
     used_fallback: bool
     "the model gave no usable visual tokens; the edit may ignore the words"
     timings_s: Mapping[str, float]

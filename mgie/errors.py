@@ -81,7 +81,7 @@ class EngineFullError(MGIEError):
     """The engine has no room for another edit now.
 
     Args:
-        message: As for every error.
+        message: What is wrong, as for every error.
         retry_after_s: Seconds until there may be room, estimated.
     """
 

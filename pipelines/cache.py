@@ -61,7 +61,7 @@ class CacheConfig(ClusterSettings):
     image_side_px: int = 0
     "side of the square training images; 0 = that of the bundle, at most 256"
     dtype: CacheDtype = "float32"
-    "of the stored numbers; float32 trains exactly as without a cache, float16 halves the size"
+    "number format in the files; float32 trains exactly as without a cache, float16 halves the size"
     device: str = "auto"
     "auto, cpu or cuda"
     encode: StageSize = field(default_factory=lambda: StageSize(num_cpus=1.0, batch_size=16))

@@ -54,7 +54,7 @@ class CompareConfig:
     rows: int = 1000
     "held-out edits"
     share: float = 1.0
-    "of the recipe's samples and steps, as given to `make tiny`"
+    "share of the recipe's samples and steps, as given to `make tiny`"
     shipped: bool = False
     "begin with the VAE, LLaVA and Flan-T5 that ship, which takes hours less than training them first"
     parallel: int = 2

@@ -93,7 +93,7 @@ class EvaluateConfig(EditSettings):
     rank_by: str = "l1"
     "metric that chooses the best, median and worst pictures"
     num_pictures: int = 4
-    "of each of the three"
+    "number of pictures of each of the three"
     score: StageSize = field(default_factory=lambda: StageSize(num_cpus=1.0))
     "size of the stage that edits and scores"
 

@@ -114,7 +114,7 @@ class PrepareReport:
     """What a run gave; kept in `run.json`."""
 
     folder: str
-    "of the run"
+    "folder of the run"
     num_rows: int
     "in the manifest"
     splits: dict[str, int]
@@ -122,7 +122,7 @@ class PrepareReport:
     rejected: dict[str, int]
     "rows left out, by the code of their reason"
     seconds: float
-    "of the call that finished"
+    "seconds of the call that finished"
     was_done: bool
     "an earlier call had finished; this one did nothing"
 

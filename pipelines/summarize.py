@@ -90,7 +90,7 @@ class SummarizeConfig(LedgerSettings):
     describe_revision: str | None = None
     "revision of a hub id"
     base_url: str | None = None
-    "of the OpenAI-compatible endpoint, up to /v1; its key is read from OPENAI_API_KEY"
+    "address of the OpenAI-compatible endpoint, up to /v1; its key is read from OPENAI_API_KEY"
     summarize_model: str = "tiny-summarizer"
     "bundle with a T5"
     preset: PresetName = "mgie_paper"
@@ -379,7 +379,7 @@ def stream(
     """Streams the planned blocks through the stages; gives the figures of each block when it is written.
 
     Args:
-        pending: Those that were planned.
+        pending: Blocks that were planned.
         describer: Makes the model of a describing actor. summarizer: Makes that of a summarising one.
     """
     budget: Any = ray.remote(num_cpus=0)(RowBudget).remote(config.max_rows_in_flight)

@@ -40,7 +40,7 @@ class TinyConfig:
     work: Path = Path("out/tiny")
     "where the stages are kept, about 6 GB"
     share: float = 1.0
-    "of samples and steps: 0.1 for a trial, above 1 for better models than three hours on two cores give"
+    "share of samples and steps: 0.1 for a trial, above 1 for better models than three hours on two cores give"
     gpu: bool = False
     "train the UNets on one GPU; the other stages, which are smaller, stay on CPUs"
     parallel: int = 2
@@ -83,7 +83,7 @@ def training(variant: str, start: str, steps: str, *more: str, rows: str) -> Sta
 
     Args:
         start: Stage whose bundle it begins with. rows: `manifest` or `ledger`.
-        steps: As an argument of a stage.
+        steps: Steps, as an argument of a stage.
     """
     arguments = (
         *_TRAIN, "--training.variant", variant, "--ledger",

@@ -39,7 +39,7 @@ class DemoConfig:
     out: Path = Path("out")
     "folder for the pictures"
     seed: int = 0
-    "of the noise; the same seed gives the same picture"
+    "seed of the noise; the same seed gives the same picture"
     keep: bool = False
     "send no edit, leave the service running and stop with Ctrl-C"
     port: int | None = None

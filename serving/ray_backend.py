@@ -83,7 +83,7 @@ class HandleBackend:
             raise EngineFullError(f"{self._num_open} edits are under way; at most {self._max_open} may be")
 
     def _for(self, stage: DeploymentHandle[Any], call: EditCall) -> Any:
-        """Of several bundles: with a replica first that has the edit's own in memory."""
+        """The handle for one of several bundles: with a replica first that has the edit's own in memory."""
         model = call.options.model
         return stage if model is None else stage.options(multiplexed_model_id=model)
 

@@ -138,7 +138,7 @@ class Bundle(BundleRecord):
         """The whole model for training, with the right parts frozen.
 
         Args:
-            dtype: Of the frozen parts of the MLLM; the VAE and what trains are float32.
+            dtype: Number format of the frozen parts of the MLLM; the VAE and what trains are float32.
 
         Raises:
             BundleError: Parts are missing, damaged or do not fit each other.

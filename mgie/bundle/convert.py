@@ -112,8 +112,8 @@ def convert(
         name: Short name of the bundle; None = the name of `out`.
         trained: Whether the weights are trained; None = yes, except for a fresh MGIE (its edit head is not).
         num_visual_tokens: N of a fresh MGIE, 1 or more (None = 8). The published one has its own.
-        seed: Of what a fresh MGIE draws: new token rows and edit head.
-        dtype: Of the weights written; `keep` = as in the sources.
+        seed: Seed of what a fresh MGIE draws: new token rows and edit head.
+        dtype: Number format of the weights written; `keep` = as in the sources.
         max_shard_bytes: Upper size of one file of a large part (a larger tensor gets a file of its own).
         progress: Called with (bytes written, bytes in all) as the work goes on.
 
@@ -496,7 +496,7 @@ def append_token_rows(weight: Float[Tensor, "V D"], *, num_rows: int, seed: int)
     Args:
         weight: V rows, which stay as they are.
         num_rows: Rows to add: W = V + num_rows.
-        seed: Of the noise.
+        seed: Seed of the noise.
     """
     mean = weight.mean(0, dtype=torch.float32)
     square = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32) ** 2 / len(weight)

@@ -55,7 +55,7 @@ def pack(bundles: Mapping[str, BundleRecord], out: Path) -> None:
     """Packs bundles, their weights rounded to float16, into a folder that does not exist.
 
     Args:
-        bundles: By the name under which each is unpacked, which also becomes the bundle's own.
+        bundles: Bundles by the name under which each is unpacked, which also becomes the bundle's own.
 
     Raises:
         BundleError: A tensor is not of floating point, or float16 cannot hold it.

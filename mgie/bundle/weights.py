@@ -65,7 +65,7 @@ class Weights:
         """The weights of a transformers or diffusers folder; safetensors first, which need no unpickling.
 
         Args:
-            folder: With weights under one of the usual names, whole or in shards.
+            folder: Folder with weights under one of the usual names, whole or in shards.
             prefix: Put before every name if no name has it: transformers 5 saves CLIP's towers without.
         """
         names = [

@@ -17,7 +17,7 @@ def parse_edit_list(content: bytes, name: str) -> list[dict[str, Any]]:
     """The rows of a list, each with `image` and `instruction` and what else it names.
 
     Args:
-        name: Of the file, for messages.
+        name: Name of the file, for messages.
 
     Raises:
         DataError: The file holds no rows, or a line is not such an object (its number is named).

@@ -40,7 +40,7 @@ class ExampleCounts:
     num_train: int
     num_validation: int
     fingerprint: str
-    "of ids and words, in order"
+    "hash of ids and words, in order"
     datasets: tuple[str, ...]
     "names of the data sets, sorted"
 
@@ -65,7 +65,7 @@ def freeze_examples(
     training *photos* (or sessions) validates, with all their rows: by hash, so that the same photo always does.
 
     Args:
-        batches: With `COLUMNS`.
+        batches: Rows with `COLUMNS`.
         needs_expressive: Every row must have an expressive instruction.
 
     Raises:

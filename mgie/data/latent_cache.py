@@ -56,7 +56,7 @@ class CacheSpec:
     image_side_px: int
     "side of the square images"
     dtype: CacheDtype
-    "of the numbers in the files"
+    "number format in the files"
     shapes: Mapping[str, tuple[int, ...]]
     "the arrays of a row, in their order"
     preprocessing: str = PREPROCESSING
@@ -78,9 +78,9 @@ class Shard:
     """A shard, as its index describes it."""
 
     ids: Ids
-    "ascending"
+    "ids of its rows, ascending"
     sha256: str
-    "of the index"
+    "hash of the index"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ class CacheStamp:
     spec: CacheSpec
     num_rows: int
     shards: Mapping[str, tuple[int, str]]
-    "by name: rows, and sha256 of the index"
+    "number of rows and sha256 of the index, by name"
 
 
 # ---- writing
@@ -105,7 +105,7 @@ def write_shard(
     """Writes a shard, whole or not at all, under a name that follows from its ids.
 
     Args:
-        arrays: Those of `spec.shapes`, each with as many rows as there are ids.
+        arrays: Arrays of `spec.shapes`, each with as many rows as there are ids.
 
     Raises:
         DataError: A value is not finite, or not in the cache's dtype; its row is named.

@@ -49,7 +49,7 @@ class LatentCache:
 
         Args:
             encoder: `encoder_identity` of the bundle in use.
-            image_side_px: Of training; for clip_features always `geometry.PUBLISHED_SIDE_PX`.
+            image_side_px: Side of the pictures of training; for clip_features always `geometry.PUBLISHED_SIDE_PX`.
 
         Raises:
             DataError: It is not finished, differs, lacks rows, or is damaged; says what.

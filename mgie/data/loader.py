@@ -61,7 +61,7 @@ class BatchMaker:
 
     Args:
         sources: The ledgers' rows, in the order's numbering.
-        collate: Of the model's words.
+        collate: Makes the batch that the model reads.
         clip_pixels: Preprocessing of the vision tower; None where the LLM does not look, or reads `features`.
         moments, features: Caches that hold all rows; None = images are read and encoded in the step.
         latent_shape: c, h, w.

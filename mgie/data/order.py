@@ -35,7 +35,7 @@ class EpochOrder:
 
     Args:
         num_rows: At least 1.
-        key: With `seed`, what the permutations follow from; tells ledgers of one run apart.
+        key: What the permutations follow from, with `seed`; tells ledgers of one run apart.
     """
 
     def __init__(self, num_rows: int, *, seed: int, key: int = 0, shard_rows: int = SHARD_ROWS) -> None:
@@ -70,7 +70,7 @@ class MixedOrder:
     """Samples of several ledgers, each by its weight; a ledger that is used up begins its next epoch.
 
     Args:
-        num_rows: Of each ledger.
+        num_rows: Number of rows of each ledger.
         weights: Relative shares of the samples; None = the ledgers are one: all rows alike often.
     """
 

@@ -18,7 +18,7 @@ class _Waiting:
     pixels: int
     order: float
     num_passes: int = 0
-    "of others, while it was the first in line"
+    "how many were let past while it was first in line"
 
 
 class Admission(Generic[ItemT]):
@@ -46,7 +46,7 @@ class Admission(Generic[ItemT]):
 
     @property
     def pixels(self) -> int:
-        """Of all that are in."""
+        """Pixels of all that are in."""
         return sum(self._inside.values())
 
     def enter(self, item: ItemT, pixels: int, *, order: float = 0.0) -> bool:
@@ -54,8 +54,8 @@ class Admission(Generic[ItemT]):
 
         Args:
             item: Not there yet.
-            pixels: That it takes inside.
-            order: Of its place in line: behind those of a smaller or equal one.
+            pixels: Pixels that it takes inside.
+            order: Decides its place in line: behind those of a smaller or equal one.
         """
         is_first = all(order < other.order for other in self._waiting.values())
         has_room = is_first and self._fits(pixels)

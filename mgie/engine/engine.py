@@ -57,11 +57,11 @@ class Engine:
         renderer: The diffusion stage; nobody else may use it meanwhile.
         max_batch_rows: Largest batch of the denoiser, in rows: an image takes one row per branch of guidance, three
             at most. Memory for activations is in proportion.
-        max_pixels_in_flight: Of edits between admission and result: work pixels times rows, times images; an edit
+        max_pixels_in_flight: Limit for edits between admission and result: work pixels times rows, times images; an edit
             with more than that goes in alone. None = two full batches, so that one is denoised while another is encoded or decoded.
         max_waiting: Edits in line; more are refused.
         num_codec_threads: Threads for the VAE and for full-size pixels; each may hold one decoding's memory.
-        num_threads: Of torch, for each of the engine's threads; None = torch's own number.
+        num_threads: Threads of torch, for each of the engine's threads; None = torch's own number.
         on_step: Told of each step, on the thread that takes them: it must be quick and not raise.
         clock: Seconds, for deadlines and figures.
 
@@ -131,7 +131,7 @@ class Engine:
                 cheaply, then by the VAE. A preview that is late is left out.
             deterministic: Each image is denoised in a batch of its own: the same bits on this machine as
                 `Renderer.render` gives it alone. Otherwise who shares its batches may change a pixel by 2 of 255.
-            queue_delay_s: In line it lets those pass that come so much later, and nobody after them.
+            queue_delay_s: Seconds by which it lets later edits pass in line, and no more.
             is_probe: A small edit that only shows that the engine works: it waits for nobody's pixels, goes to the VAE
                 first, and is in no figures of edits. It costs the others a step.
 

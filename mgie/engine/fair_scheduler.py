@@ -53,7 +53,7 @@ class FairScheduler(Generic[ItemT]):
         Args:
             item: A sample.
             key: Only equal ones share a batch.
-            rows: Of the denoiser's batch that it takes.
+            rows: Rows of the denoiser's batch that it takes.
             cost: Work of a step of it.
         """
         # Who comes starts level with those furthest behind, or it would be served until it had caught up.

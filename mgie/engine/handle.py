@@ -118,7 +118,7 @@ class EventQueue:
             return events
 
     def on_event(self, wake: Callable[[], object]) -> None:
-        """From now on `wake` is called after each event, from the thread that puts it."""
+        """Has `wake` called after each event from now on, from the thread that puts it."""
         with self._changed:
             self._wake = wake
 
@@ -215,7 +215,7 @@ class EngineStats:
     work_done: int
     "pixel-steps: work pixels times rows of each step and image"
     work_left: int
-    "the same of what is to come of all edits that have not ended"
+    "pixel-steps still to come, of all edits that have not ended"
     num_denoising: int
     "samples that take turns"
     num_steps: int

@@ -21,7 +21,7 @@ class EditInFlight:
     num_images: int
     num_steps: int
     rows: int
-    "of the denoiser, per image"
+    "rows of the denoiser's batch that an image takes"
     deadline: float | None
     is_deterministic: bool
     is_probe: bool
@@ -33,11 +33,11 @@ class EditInFlight:
     phase: Phase = "waiting"
     prepared: PreparedEdit | None = None
     samples: "list[SampleInFlight]" = field(default_factory=list)
-    "once it is encoded"
+    "its samples, once the source is encoded"
     images: dict[int, Image.Image] = field(default_factory=dict)
-    "that are decoded"
+    "images decoded so far, by their number"
     batch_sizes: list[int] = field(default_factory=list)
-    "of the steps that it took part in"
+    "batch sizes of the steps that it took part in"
     steps_after_end: int = 0
     ready_at_step: int = 0
     "steps that the engine had begun when it was encoded"

@@ -25,7 +25,7 @@ class PriorityThreads:
 
     Args:
         num_threads: How many jobs run at once.
-        name: Of the threads, for stack dumps.
+        name: Name of the threads, for stack dumps.
         inside: Gives the context that each thread lives in.
     """
 

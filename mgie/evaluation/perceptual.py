@@ -141,7 +141,7 @@ class Lpips:
 
 @dataclass(frozen=True, kw_only=True)
 class Networks:
-    """Those that are at hand."""
+    """Networks that are at hand."""
 
     clip: ClipFeatures | None = None
     "for image-image and image-text similarity"

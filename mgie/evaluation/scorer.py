@@ -96,7 +96,7 @@ class Scorer:
         self._networks, self._batch_size = networks, batch_size
 
     def __call__(self, edits: Sequence[Comparison]) -> list[dict[str, float]]:
-        """By name of the metric; without those that cannot be measured for the edit."""
+        """Scores by name of the metric; without those that cannot be measured for the edit."""
         if not edits:
             return []
         found: list[dict[str, float]] = [{} for _ in edits]

@@ -72,7 +72,7 @@ class ConditionCache(Generic[ConditionT]):
     Callers share what they get and must not change it.
 
     Args:
-        max_bytes: Of tensors and texts; with 0 nothing is kept, though equal requests at the same time still share.
+        max_bytes: Limit for tensors and texts; with 0 nothing is kept, though equal requests at the same time still share.
 
     Raises:
         ConfigError: `max_bytes` is negative.

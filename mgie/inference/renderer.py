@@ -41,7 +41,7 @@ class RenderRequest:
     settings: EditSettings
     "sampler, steps, scales, framing"
     seed: int
-    "of the noise, 0 to 2**63 - 1"
+    "seed of the noise, 0 to 2**63 - 1"
     mask: Image.Image | None = None
     "where the picture may change: greyscale of the source's size, white = edit; None = everywhere"
 

@@ -19,7 +19,7 @@ class Conversations:
     labels: Int[Tensor, "B T"]
     "-100 where no language loss counts"
     label_positions: Int[Tensor, " L"]
-    "of the states that predict the label tokens, in the flattened [B * T]: found on the host, so that a device need not"
+    "positions of the states that predict the label tokens, in the flattened [B * T]: found on the host, so that a device need not"
     label_ids: Int[Tensor, " L"]
     "the label tokens"
     num_shared: int

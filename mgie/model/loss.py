@@ -49,8 +49,8 @@ def diffusion_loss(
     """Mean squared error, in float32 at least.
 
     Args:
-        weights: Of the samples, see `min_snr_weights`; None = 1.
-        place_weights: Of the places, see `change_weights`; None = 1.
+        weights: Weights of the samples, see `min_snr_weights`; None = 1.
+        place_weights: Weights of the places, see `change_weights`; None = 1.
         num_samples: What the sum over samples is divided by: those of the global batch; None = B.
     """
     squares = (_at_least_float32(prediction) - _at_least_float32(target)).square()

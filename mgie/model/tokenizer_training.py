@@ -30,7 +30,7 @@ def t5_tokenizer(texts: Iterable[str], num_pieces: int, folder: Path, **options:
     """A T5-like tokenizer (unigram); its model is written to `folder`.
 
     Args:
-        options: Of sentencepiece's trainer, as `character_coverage`: without bytes to fall back on, a tokenizer that
+        options: Options of sentencepiece's trainer, as `character_coverage`: without bytes to fall back on, a tokenizer that
             covers less than 1.0 of the characters cannot write the rare ones.
     """
     # T5's own arrangement of ids: <pad> 0, </s> 1, <unk> 2.

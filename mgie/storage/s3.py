@@ -33,7 +33,7 @@ def open_s3(endpoint: str | None = None, *, attempts: int | None = None) -> Any:
     """A client of the store that `s3_settings` finds.
 
     Args:
-        attempts: Of each request; None = as there.
+        attempts: Attempts of each request; None = as there.
     """
     settings = s3_settings(endpoint, attempts=attempts)
     config = Config(

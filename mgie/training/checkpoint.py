@@ -109,8 +109,8 @@ def write_snapshot(
 
     Args:
         folder: Made where it is missing.
-        trainable: By parameter name. ema: By the same names; None where averaging is off.
-        optimizer: By names of the caller's choice.
+        trainable: Tensors by parameter name. ema: Tensors by the same names; None where averaging is off.
+        optimizer: Tensors by names of the caller's choice.
 
     Raises:
         DataError: The folder cannot be written, for example because the disk is full; nothing that could pass

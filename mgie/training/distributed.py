@@ -100,7 +100,7 @@ class Sharded:
         yield
 
     def drop_gathered(self) -> None:
-        """To be called when weights were changed: a forward pass without a backward one leaves gathered copies."""
+        """Drops gathered copies; to be called when weights were changed: a forward pass without a backward one leaves gathered copies."""
         for shard in self._shards:
             shard.reshard()
 

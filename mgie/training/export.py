@@ -61,7 +61,7 @@ class Trained:
     kind: WeightKind
     "running averages, or the weights of the last step"
     tensors: Mapping[str, Tensor]
-    "by the training module's parameter names"
+    "weights, by the training module's parameter names"
 
 
 def read_trained(run: str | Path, *, step: int | None = None, weights: WeightKind | None = None) -> Trained:

@@ -43,7 +43,7 @@ class Optimization:
 
     Args:
         model: Its parameters that require gradients are trained, in the dtype they have (float32 at least).
-        num_steps: Of the whole run: the schedule ends there.
+        num_steps: Steps of the whole run: the schedule ends there.
     """
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, *, num_steps: int) -> None:
@@ -77,7 +77,7 @@ class Optimization:
         return self._parameters
 
     def learning_rates(self, step: int) -> dict[str, float]:
-        """Of each part that trains, at a step (from 0)."""
+        """Learning rate of each part that trains, at a step (from 0)."""
         factor = learning_rate_factor(step, self._num_steps, self._config.warmup)
         return {part: self._peaks[part] * factor for part in sorted({g["part"] for g in self._adam.param_groups})}
 

@@ -45,7 +45,7 @@ def find_duplicates(
     """For each edit the index of the earlier, kept edit that it repeats; -1 = it is kept itself.
 
     Args:
-        ids: Of N edits in order; equal ids are the same edit. keys: Their `instruction_key`s.
+        ids: Ids of N edits in order; equal ids are the same edit. keys: Their `instruction_key`s.
         signatures: N x 384, source then goal; None = only equal ids are duplicates.
     """
     repeats = np.full(len(ids), -1, dtype=np.int64)

@@ -23,9 +23,9 @@ class Group:
     metric: str
     rows: int
     means: Mapping[str, Interval | None]
-    "by variant"
+    "means by variant"
     gains: Mapping[str, Interval | None]
-    'by claim "a > b": how much better a is, row by row; above 0 where it holds'
+    'how much better a is than b, row by row, by claim "a > b"; above 0 where it holds'
 
 
 @dataclass(frozen=True, kw_only=True)

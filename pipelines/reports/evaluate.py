@@ -46,7 +46,7 @@ class ReportPlan:
     "metric that chooses the pictures"
     num_pictures: int
     seed: int
-    "of the intervals"
+    "seed of the intervals"
     metrics: Mapping[str, Metric] = field(default_factory=lambda: METRICS)
     "all that may have been measured"
 
@@ -56,7 +56,7 @@ def write_report(out: Folder, images: Folder, results: Folder, rows: Sequence[Ro
 
     Args:
         images, results: Where URIs of sources and goals, and of edited images, lie.
-        rows: Of `SCORES_SCHEMA`, of each id's highest attempt.
+        rows: Rows of `SCORES_SCHEMA`, of each id's highest attempt.
 
     Raises:
         DataError: No row has scores for all settings.

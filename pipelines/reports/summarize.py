@@ -59,7 +59,7 @@ def summarize_run(
     """The report as JSON content.
 
     Args:
-        seconds: Of the run, from its first block to its last.
+        seconds: Seconds of the run, from its first block to its last.
         num_gpus: GPUs that the run held.
         gpu_hour_price: Price of one GPU hour; None = no cost given.
         ledger: Counts of the whole ledger.

@@ -11,7 +11,7 @@ def plot_sweep(points: Sequence[Mapping[str, float]]) -> str:
     """An SVG: CLIP direction to the right, CLIP image similarity upwards, a point for each image guidance scale.
 
     Args:
-        points: With `image_guidance_scale`, `direction` and `similarity`, in the order in which they are joined.
+        points: Points with `image_guidance_scale`, `direction` and `similarity`, in the order in which they are joined.
     """
     xs, ys = ([point[name] for point in points] for name in ("direction", "similarity"))
     right, bottom = _WIDTH - _MARGIN, _HEIGHT - _MARGIN

@@ -29,7 +29,7 @@ class PendingRows:
     """Blocks of rows that were written."""
 
     out: Folder
-    "of the run, of which they take a part"
+    "folder of the run, of which they take a part"
     rows_per_block: int
     "the last may have fewer"
     num_rows: int
@@ -39,7 +39,7 @@ class PendingRows:
 
         Args:
             prepare: What the task makes of its rows; travels with the task.
-            num_cpus: Of a task.
+            num_cpus: CPUs of a task.
             options: More of `map_batches`.
         """
         numbers = range(-(-self.num_rows // self.rows_per_block))

@@ -115,7 +115,7 @@ def check_cluster(
     """Checks that the smallest pool of every stage, and the tasks around them, fit into what is free.
 
     Args:
-        stages: By the name that their flags begin with.
+        stages: Stages by the name that their flags begin with.
         task_cpus: CPUs of one task of each kind that runs besides the stages.
         grows: The cluster adds nodes on demand: nothing is refused.
         patience_s: How long to wait for resources that others hold.

@@ -32,7 +32,7 @@ class Stage:
     """One command of the recipe."""
 
     arguments: tuple[str, ...]
-    "of python; {out} is the stage's folder, {NAME} that of an earlier stage, {NUMBER*share} a scaled number"
+    "arguments of python; {out} is the stage's folder, {NAME} that of an earlier stage, {NUMBER*share} a scaled number"
     needs: tuple[str, ...] = ()
     "stages that must be done before"
     code: tuple[str, ...] = ()
@@ -63,7 +63,7 @@ def make(
     """Runs all stages that are not done; returns the folders.
 
     Args:
-        stages: By name, each after those that it needs.
+        stages: Stages by name, each after those that it needs.
         share: What numbers of the form {NUMBER*share} are multiplied by.
         parallel: Stages at a time.
         until: Only these and all that they need; none = all.

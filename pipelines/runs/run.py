@@ -52,7 +52,7 @@ class Run:
         """Joins or starts a cluster that has what the run needs.
 
         Args:
-            stages: By the name that their flags begin with.
+            stages: Stages by the name that their flags begin with.
             shared: Folders that all nodes must see beside the run's, by what they are.
             task_cpus: CPUs of the tasks that run besides the stages.
             grows: The cluster adds nodes on demand.

@@ -25,7 +25,7 @@ class RunRecord:
 
     job: str
     fingerprint: str
-    "of what decides the result: settings and input"
+    "hash of what decides the result: settings and input"
     config: Mapping[str, Any]
     "the resolved configuration"
     is_finished: bool = False

@@ -13,7 +13,7 @@ _SAMPLING = ("steps", "guidance_scale", "image_guidance_scale", "sampler", "deta
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterSettings:
-    """Of every job that runs on a cluster."""
+    """Settings of every job that runs on a cluster."""
 
     endpoint: str | None = None
     "address of an S3 store that is not Amazon's; default: AWS_ENDPOINT_URL"
@@ -23,7 +23,7 @@ class ClusterSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerSettings(ClusterSettings):
-    """Of jobs that run models over rows and write a ledger."""
+    """Settings of jobs that run models over rows and write a ledger."""
 
     device: str = "auto"
     "auto, cpu or cuda"
@@ -43,7 +43,7 @@ class LedgerSettings(ClusterSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class EditSettings(LedgerSettings):
-    """Of jobs that edit."""
+    """Settings of jobs that edit."""
 
     bundle: str = "tiny"
     "who edits: embedded name, folder, hub id or s3://bucket/prefix"

@@ -50,7 +50,7 @@ class EditImages:
         self._identity, self._format, self._batch_size = opened.identity, output_format, batch_size
 
     def use(self, settings: Mapping[str, Any]) -> None:
-        """From now on edits with other settings in place of the given ones. Raises ConfigError."""
+        """Changes the settings of the edits that follow. Raises ConfigError."""
         self._settings = self._editor.bundle.defaults.override(**settings)
 
     def reconstruct(self, image: Image.Image) -> Image.Image:

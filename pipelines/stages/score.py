@@ -32,7 +32,7 @@ class _Result:
     """What a setting makes of a row."""
 
     image: Image.Image
-    "as far as the chain has come"
+    "picture as far as the chain of edits has come"
     data: bytes | None = None
     "the same, encoded"
     expressive: str | None = None

@@ -22,13 +22,13 @@ class Preset:
     stop_early: bool
     "end a description at its second sentence; the cleaned text is the same"
     num_beams: int
-    "of the summariser"
+    "beams of the summariser"
     min_length: int
-    "tokens of a summary"
+    "tokens of a summary at least"
     max_length: int
-    "tokens of a summary"
+    "tokens of a summary at most"
     no_repeat_ngram_size: int
-    "of the summariser"
+    "tokens in a row that a summary never repeats"
 
 
 class TextSummarizer(Protocol):

@@ -45,7 +45,7 @@ class FrozenRows:
 
     @property
     def fingerprint(self) -> str:
-        """Of all rows, in order."""
+        """Hash of all rows, in order."""
         return fingerprint([ledger.counts.fingerprint for ledger in self.ledgers])
 
     @property

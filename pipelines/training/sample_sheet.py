@@ -28,7 +28,7 @@ class SampleEditor:
 
     Args:
         made: The model; its weights are used as they are at each call.
-        num_steps: Of denoising.
+        num_steps: Denoising steps.
     """
 
     def __init__(

@@ -186,7 +186,7 @@ class RunMetrics:
     """The numbers of a run as if nothing had happened to it."""
 
     steps: Mapping[int, Mapping[str, Scalar]]
-    "by step, ascending: what the last attempt that came so far wrote"
+    "numbers by step, ascending: what the last attempt that came so far wrote"
     num_repeated: int
     "steps whose numbers were written once more, by a later attempt"
 

@@ -59,16 +59,16 @@ class TrainingJob:
     """All that a worker is told."""
 
     out: Folder
-    "the run"
+    "folder of the run"
     settings: TrainConfig
     rows: FrozenRows
     images: tuple[Folder, ...]
     "roots of the images, one per ledger"
     cache: Folder | None
     init: str
-    "the bundle that training begins from"
+    "path of the bundle that training begins from"
     identity: str
-    "of that bundle"
+    "identity of that bundle"
 
     @property
     def config(self) -> TrainingConfig:

@@ -148,7 +148,7 @@ class Allowance:
     """What one key has left in this replica.
 
     Args:
-        limits: Of the key.
+        limits: Limits of the key.
         num_sharing: Ingress replicas: each allows its part of a rate, for they do not talk to each other.
         clock: Seconds.
     """

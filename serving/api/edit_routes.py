@@ -31,7 +31,7 @@ class EditApi:
         service: What edits.
         jobs: Takes the edits that are to be jobs.
         kept: Where results are kept.
-        args: Of the service.
+        args: Settings of the service.
     """
 
     def __init__(self, service: EditService, jobs: JobApi, kept: ResultStore, args: ServingArgs) -> None:

@@ -90,7 +90,7 @@ class JobApi:
     Args:
         jobs, runner: Of this replica.
         service: Checks what jobs are to do.
-        settings: Those of the runner.
+        settings: Settings of the runner.
         public_url: Where clients reach the service; None: as the request says.
         meter: Takes figures.
     """

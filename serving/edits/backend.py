@@ -23,7 +23,7 @@ class EditOutcome:
     derived: Derived
     rendered: RenderedEdit
     retries: Mapping[str, int] = field(default_factory=dict)
-    "by stage: calls repeated because a replica died"
+    "calls repeated because a replica died, by stage"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +31,10 @@ class ServiceStats:
     """Figures for operators and load tests."""
 
     mllm: StageStats | None
-    "of the one replica that answered; None: none did in time"
+    "figures of the one replica that answered; None: none did in time"
     diffusion: StageStats | None
     replicas: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    "by deployment: number of replicas by state"
+    "number of replicas by state, by deployment"
 
 
 EditEvent = Derived | Stepped | Partial | EditOutcome

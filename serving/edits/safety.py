@@ -56,7 +56,7 @@ class SafetyGate:
 
     Args:
         check: The operator's; None: all passes.
-        limits: Of a photo.
+        limits: Limits of a photo.
     """
 
     def __init__(self, check: SafetyCheck | None, *, limits: ImageLimits) -> None:

@@ -39,7 +39,7 @@ class AcceptedEdit:
     call: EditCall
     bundle: BundleInfo
     base_url: str | None
-    "of this service, where the results are to be addresses; None: they are to be the files themselves"
+    "address of this service, where results are to be addresses; None: they are to be the files themselves"
     started_s: float
     "when the request began, by time.monotonic()"
     owner: str = ""
@@ -63,7 +63,7 @@ class DeliveredEdit:
 
     outcome: EditOutcome
     urls: Sequence[str] = ()
-    "of the results, if addresses were asked for"
+    "addresses of the results, if they were asked for"
     kept_until: int | None = None
     "Unix time; None: the results were not kept"
 
@@ -79,13 +79,13 @@ class EditService:
 
     Args:
         backend: What edits.
-        limits: Of the photo and of the result.
+        limits: Limits of the photo and of the result.
         kept: Where results are kept.
         board: Reaches the edits of other replicas of the ingress; None: there are none.
-        edit_limits: Of what one edit may ask for.
+        edit_limits: Limits of what one edit may ask for.
         batch_patience_s: So much later an interactive edit may come and still pass a batch edit in line.
         safety_check: The operator's; None: there is none.
-        spans: Of the edits.
+        spans: Spans of the edits.
     """
 
     def __init__(
@@ -134,10 +134,10 @@ class EditService:
         Args:
             form: What is asked for.
             edit_id: Names the edit from now on.
-            base_url: Of this service, as the client reaches it.
+            base_url: Address of this service, as the client reaches it.
             started_s, deadline: By `time.monotonic()`.
             caller: Whose key is charged; None: nobody's.
-            priority: In the stages' lines.
+            priority: Place in the stages' lines.
             trace: To which the request belongs.
 
         Raises:

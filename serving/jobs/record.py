@@ -51,7 +51,7 @@ class JobOrder(_Record):
     "id of the artifact with the photo"
     mask: str | None
     base_url: str
-    "of the service, as the client reached it"
+    "address of the service, as the client reached it"
     wants_urls: bool
     "in the result, instead of the files themselves"
     owner: str
@@ -125,7 +125,7 @@ class JobRecord(_Record):
         )
 
     def put_back(self, *, not_before_s: float = 0.0, failures: int = 0) -> Self:
-        """To be begun again, by anybody."""
+        """The job as one to be begun again, by anybody."""
         return self.model_copy(
             update={
                 "status": "queued",
@@ -138,5 +138,5 @@ class JobRecord(_Record):
         )
 
     def ended(self, status: Ending, *, now_s: float, **outcome: Any) -> Self:
-        """As it will stay; `outcome` is `result` and `results`, or `error`."""
+        """The job as it will stay; `outcome` is `result` and `results`, or `error`."""
         return self.model_copy(update={"status": status, "lease": None, "ended_s": now_s, **outcome})

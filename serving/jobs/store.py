@@ -95,7 +95,7 @@ class JobStore:
 
     Args:
         artifacts: Where they lie.
-        limits: Of photos.
+        limits: Limits of photos.
     """
 
     def __init__(self, artifacts: ArtifactStore, *, limits: ImageLimits) -> None:
@@ -301,7 +301,7 @@ class JobStore:
 
 
 def form_digest(form: EditForm) -> str:
-    """Of all that a client asks for, pictures included; equal requests have equal ones."""
+    """Hash of all that a client asks for, pictures included; equal requests have equal ones."""
     digest = hashlib.sha256(form.model_dump_json(exclude={"image", "mask"}).encode())
     for picture in (form.image, form.mask):
         digest.update(hashlib.sha256(picture).digest() if picture is not None else b"none")

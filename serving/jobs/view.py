@@ -48,7 +48,7 @@ def view_job(
     """A `JobView` as JSON. Blocks while it reads results.
 
     Args:
-        has_files: With the results themselves, if they were asked for rather than addresses of them.
+        has_files: Whether it holds the results themselves, if they were asked for rather than addresses of them.
 
     Raises:
         NotFoundError: The job expired in this moment.

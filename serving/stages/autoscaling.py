@@ -29,7 +29,7 @@ class Work:
     rate: float
     "done per second when it is busy; 0 before anything was done"
     per_edit: float
-    "of an edit, on average; 0 before the first"
+    "mean seconds of an edit; 0 before the first"
 
 
 class WorkMeter:
@@ -101,7 +101,7 @@ def desired_replicas(
     changes.
 
     Args:
-        num_running: That work.
+        num_running: Replicas that work.
         num_asked: Those, and others that are on their way.
         left, arriving, rate: Work, work per second, work per second of one replica; the rate is above 0.
         clear_s: Above 0. cold_start_s: From asking for a replica until it works.
@@ -166,7 +166,7 @@ class WorkPolicy:
     """The autoscaling policy of a stage whose replicas report `Work`.
 
     Args:
-        clear_s: In which what is left should be done; above 0.
+        clear_s: Seconds in which what is left should be done; above 0.
         cold_start_s: A guess of how long a replica takes to come; what is seen replaces it.
     """
 

@@ -80,7 +80,7 @@ class Monitoring:
     "where its spans go; see `serving.telemetry.tracing.open_spans`"
 
     def health(self, probe: Callable[[], Awaitable[object]]) -> Health:
-        """Of a model that shows by `probe` that it works."""
+        """The health of a model that shows by `probe` that it works."""
         return Health(probe, period_s=self.probe_period_s, timeout_s=self.probe_timeout_s)
 
 

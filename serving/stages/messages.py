@@ -22,7 +22,7 @@ class PackedTensor:
     data: bytes
     shape: tuple[int, ...]
     dtype: str
-    "by torch's name: float16"
+    "number format by torch's name: float16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,4 +128,4 @@ class StageStats:
     "names of the bundles in memory, the one used last at the end"
     work: BatcherStats | EngineStats
     cache: ConditionCacheStats | None = None
-    "of the MLLM stage"
+    "limits of the MLLM stage"

@@ -100,7 +100,7 @@ class ModelPool(Generic[ModelT]):
         return not self._is_closed
 
     def models(self) -> dict[str, ModelT]:
-        """Those that are loaded, by name."""
+        """Models that are loaded, by name."""
         with self._lock:
             return {
                 slot.name: slot.loaded.result()

@@ -230,7 +230,7 @@ class ArtifactStore:
         """An address of the image that works until it expires (in S3 for seven days at most).
 
         Args:
-            base_url: Of this service, as clients reach it; an S3 store's addresses lead to the store itself.
+            base_url: Address of this service, as clients reach it; an S3 store's addresses lead to the store itself.
 
         Raises:
             NotFoundError: The id has expired, or is none; whether the image exists is not looked up.

@@ -47,8 +47,9 @@ def _rows(folder: Path, name: str = "manifest") -> list[dict[str, Any]]:
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    """All but the record of the run, which holds times."""
-    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != "run.json"]
+    """All but the record of the run, which holds times, and its settings, which say where it lies."""
+    of_the_run = ("run.json", "config.yaml")
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in of_the_run]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 

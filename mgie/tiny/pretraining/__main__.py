@@ -54,7 +54,7 @@ class StageConfig:
     mgie: Path | None = None
     "bundle of a trained MGIE"
     share: float = 1.0
-    "of samples and steps: less for a trial"
+    "share of samples and steps: less for a trial"
     rows: int = 1000
     "samples of `test-raw`"
     processes: int = 1

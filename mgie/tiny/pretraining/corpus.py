@@ -63,7 +63,7 @@ class Corpus:
 
     @cached_property
     def words(self) -> Sequence[Words]:
-        """Of every sample."""
+        """Words of every sample."""
         lines = (line for shard in self._shards for line in (shard / "words.jsonl").read_text().splitlines())
         return [Words(**json.loads(line)) for line in lines]
 

@@ -40,10 +40,10 @@ class LoopConfig:
     beta2: float = 0.98
     "decay of the second moment"
     ema_decay: float = 0.999
-    "of the moving average of the weights, which is the result"
+    "decay of the moving average of the weights, which is the result"
     max_grad_norm: float = 1.0
     seed: int = 0
-    "of what each step sees"
+    "decides what each step sees"
 
 
 def fit(

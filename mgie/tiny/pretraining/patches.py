@@ -44,7 +44,7 @@ class PatchReader(nn.Module):
     """Reads the labels off a vision tower's features; only used in training.
 
     Args:
-        width: Of the features.
+        width: Width of the features.
     """
 
     def __init__(self, width: int) -> None:

@@ -241,7 +241,7 @@ def weathered(scene: Scene, weather: Weather) -> Edit | None:
 
 
 def weather_name(weather: Weather) -> str:
-    """As a noun."""
+    """The operation as a noun."""
     names = {"clear": "clear sky", "cloudy": "grey clouds", "rain": "rain", "snow": "falling snow", "fog": "fog"}
     return names[weather]
 

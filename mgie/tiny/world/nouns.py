@@ -30,7 +30,7 @@ _WEATHERS: dict[Weather, str] = {
 
 
 def plural(noun: str) -> str:
-    """Of a noun that may have words before it."""
+    """Plural of a noun that may have words before it."""
     *before, last = noun.split(" ")
     return " ".join([*before, _PLURALS.get(last, last + "s")])
 

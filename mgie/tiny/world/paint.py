@@ -109,7 +109,7 @@ class Painter:
     """Unit coordinates to pixels, and materials to what is written there.
 
     Args:
-        side_px: Of the canvas.
+        side_px: Side of the canvas.
         mode: "picture" writes seen colours, "regions" writes `region` wherever the paint covers.
     """
 

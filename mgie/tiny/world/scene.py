@@ -90,17 +90,17 @@ class Thing:
     y: float
     size: float = 1.0
     seed: int = 0
-    "of what differs between things of a kind: shape of the roof, skin and hair"
+    "decides what differs between things of a kind: shape of the roof, skin and hair"
     is_flipped: bool = False
     is_lit: bool = False
     roof: Color = "brown"
     door: Color = "brown"
     is_open: bool = False
-    "the door"
+    "whether the door is"
     has_smoke: bool = False
-    "above the chimney"
+    "whether smoke rises from the chimney"
     hat: Color | None = None
-    "of a person"
+    "what a person wears"
 
     @property
     def row(self) -> Row:
@@ -118,7 +118,7 @@ class Scene:
     """Everything that decides a drawn picture."""
 
     seed: int
-    "of texture, noise, hills and clouds"
+    "decides texture, noise, hills and clouds"
     time: Time
     season: Season
     weather: Weather

@@ -262,10 +262,10 @@ def test_a_bug_is_a_traceback(tmp_path: Path, endpoint: Endpoint, monkeypatch: p
 
 def table() -> str:
     """The table of the documentation."""
-    lines = ["| | " + " | ".join(MAINS) + " |", "|---" * (len(MAINS) + 1) + "|"]
+    lines = [f"| | {' | '.join(MAINS)} | what `edit` says, among other things |", "|---" * (len(MAINS) + 2) + "|"]
     for condition, found in EXPECTED.items():
         cells = (str(found[job][0]) if job in found else "" for job in MAINS)
-        lines.append(f"| {condition} | {' | '.join(cells)} |")
+        lines.append(f"| {condition} | {' | '.join(cells)} | {found['edit'][1]} |")
     return "\n".join(lines)
 
 
