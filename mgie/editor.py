@@ -92,10 +92,9 @@ class EditResult:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CheckedEdit:
+class CheckedEdit(EditRequest):
     """One picture to be made, which has passed every check that needs no model; from `Editor.check`."""
 
-    request: EditRequest
     settings: EditSettings
     seed: int
     mask: Image.Image | None
@@ -289,9 +288,11 @@ class Editor:
         check_range("n", n, 1, _MAX_RESULTS)
         first = random_seed() if seed is None else operator.index(seed)
         check_range("seed", first, 0, MAX_SEED - n + 1)
-        request = EditRequest(image=image, instruction=instruction, expressive=expressive)
-        self._conditioner.num_prompt_tokens(request)  # refuses texts that do not fit
-        return [CheckedEdit(request=request, settings=settings, seed=first + i, mask=mask) for i in range(n)]
+        edit = CheckedEdit(
+            image=image, instruction=instruction, expressive=expressive, settings=settings, seed=first, mask=mask
+        )
+        self._conditioner.num_prompt_tokens(edit)  # refuses texts that do not fit
+        return [replace(edit, seed=first + i) for i in range(n)]
 
     def stream(
         self,
@@ -309,7 +310,7 @@ class Editor:
         check_range("batch_size", batch_size, 1, _MAX_RESULTS)
         waiting: dict[tuple[int, int], list[tuple[K, CheckedEdit]]] = defaultdict(list)
         for key, edit in edits:
-            size = self.renderer.work_size(edit.request.image.size, edit.settings)
+            size = self.renderer.work_size(edit.image.size, edit.settings)
             waiting[size].append((key, edit))
             if sum(map(len, waiting.values())) >= 2 * batch_size:
                 size = max(waiting, key=lambda one: len(waiting[one]))
@@ -327,13 +328,13 @@ class Editor:
         def work(part: Sequence[tuple[K, CheckedEdit]]) -> list[EditResult]:
             edits = [edit for _, edit in part]
             started = time.perf_counter()
-            words = [(id(e.request.image), e.request.instruction, e.request.expressive) for e in edits]
-            new = {one: edit.request for one, edit in zip(words, edits, strict=True) if one not in conditions}
+            words = [(id(edit.image), edit.instruction, edit.expressive) for edit in edits]
+            new = {one: edit for one, edit in zip(words, edits, strict=True) if one not in conditions}
             conditions.update(zip(new, self._conditioner.derive(list(new.values()), generation), strict=True))
             derived = time.perf_counter()
             requests = [
                 RenderRequest(
-                    image=edit.request.image,
+                    image=edit.image,
                     edit_condition=conditions[one],
                     settings=edit.settings,
                     seed=edit.seed,
