@@ -25,9 +25,10 @@ from mgie.data.latent_cache import CacheDtype, CacheSpec, Ids, cached_ids, finis
 from mgie.data.ledger import images_root, read_edits
 from mgie.errors import ConfigError, DataError, MGIEError
 from mgie.storage.folder import Folder, open_folder
-from pipelines.runs.blocks import PendingRows, figures_table, run_blocks, write_pending
+from pipelines.runs.blocks import PendingRows, figures_table, stage_blocks, write_pending
 from pipelines.runs.cluster import StageSize, absolute_bundle, local_bundles
 from pipelines.runs.command import Ending, run_command
+from pipelines.runs.progress import say
 from pipelines.runs.run import open_run
 from pipelines.runs.run_record import make_record
 from pipelines.runs.settings import ClusterSettings
@@ -85,8 +86,7 @@ def cache(config: CacheConfig, *, console: Console | None = None) -> Ending:
         BundleError: The bundle cannot be used.
         OSError: A store is in trouble.
     """
-    console = console or Console(quiet=True)
-    console.print(f"reading {config.ledger} ...", soft_wrap=True, highlight=False)
+    say(console, f"reading {config.ledger} ...")
     config = dataclasses.replace(config, bundle=absolute_bundle(config.bundle))
     bundle = locate_bundle(config.bundle)
     side_px = config.image_side_px or bundle.config.training_side_px
@@ -101,14 +101,13 @@ def cache(config: CacheConfig, *, console: Console | None = None) -> Ending:
         done = functools.reduce(np.intersect1d, [cached_ids(list_shards(out, spec).values()) for spec in specs])
         pending = _plan(config, ledger, out, done)
         run.say(f"{pending.num_rows} rows to encode; caches: {out.url}")
+        shared = {"the folder of the images": images, **local_bundles(config.bundle)}
         run.work(
-            "rows",
             pending,
             lambda: _stream(config, specs, out, images, pending),
-            stages={"encode": config.encode},
-            shared={"the folder of the images": images, **local_bundles(config.bundle)},
+            {"encode": config.encode},
+            shared,
             task_cpus=_FETCH_CPUS,
-            grows=config.cluster_grows,
         )
         stamps = [finish_cache(out, spec, list_shards(out, spec)) for spec in specs]
         num_bytes = sum(stamp.num_rows * stamp.spec.row_bytes for stamp in stamps)
@@ -122,11 +121,11 @@ def _num_rows(ledger: Folder) -> int:
     return sum(len(batch) for batch in read_edits(ledger, columns=["id"]))
 
 
-def _check_sizes(config: CacheConfig, specs: list[CacheSpec], num_rows: int, console: Console) -> None:
+def _check_sizes(config: CacheConfig, specs: list[CacheSpec], num_rows: int, console: Console | None) -> None:
     for spec in specs:
         num_bytes = num_rows * spec.row_bytes
         size = f"{num_rows} rows of {spec.row_bytes / 1024:.0f} KiB {spec.dtype} are {num_bytes / 2**30:.2f} GiB"
-        console.print(f"{spec.kind}, {spec.image_side_px} px: {size}", soft_wrap=True)
+        say(console, f"{spec.kind}, {spec.image_side_px} px: {size}")
         if spec.kind == "clip_features" and num_bytes > _LARGE_BYTES and not config.yes_large:
             raise ConfigError(
                 f"{spec.kind}: {size}, above {_LARGE_BYTES / 2**30:.0f} GiB; say --yes-large, "
@@ -176,11 +175,8 @@ def _stream(
     config: CacheConfig, specs: list[CacheSpec], out: Folder, images: Folder, pending: PendingRows
 ) -> Iterator[dict[str, Any]]:
     """Runs the blocks; yields the figures of each when it is written. Raises DataError for a row at fault."""
-    squares = FetchSquares(images, specs)
-    written = pending.fetch(squares, num_cpus=_FETCH_CPUS).map_batches(
-        _EncodeAndCommit, fn_constructor_args=(config, specs, out), **config.encode.pool()
-    )
-    for figures in run_blocks(written):
+    stage = (FetchSquares(images, specs), _EncodeAndCommit, config, specs, out)
+    for figures in stage_blocks(pending, *stage, size=config.encode, num_cpus=_FETCH_CPUS):
         if "error" in figures:
             raise DataError(figures["error"])
         yield figures

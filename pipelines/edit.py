@@ -14,7 +14,6 @@ import hashlib
 import json
 import posixpath
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -28,9 +27,10 @@ from mgie.data.ledger import EDITS_SCHEMA, IMAGES_FILE, images_root, read_latest
 from mgie.errors import ConfigError, DataError
 from mgie.images.files import OutputFormat
 from mgie.storage.folder import Folder, open_folder
-from pipelines.runs.blocks import PendingRows, figures_of, figures_table, ids_key, run_blocks, write_part, write_to_do
+from pipelines.runs.blocks import PendingRows, figures_of, figures_table, ids_key, stage_blocks, write_part, write_to_do
 from pipelines.runs.cluster import StageSize, absolute_bundle, local_bundles
 from pipelines.runs.command import Ending, run_command
+from pipelines.runs.progress import say
 from pipelines.runs.run import open_run
 from pipelines.runs.run_record import make_record
 from pipelines.runs.settings import EditSettings
@@ -68,8 +68,7 @@ def edit(config: EditConfig, *, console: Console | None = None) -> Ending:
         ImageError: A folder holds no images.
         OSError: A store is in trouble.
     """
-    console = console or Console(quiet=True)
-    console.print(f"reading {config.source} ...", soft_wrap=True, highlight=False)
+    say(console, f"reading {config.source} ...")
     config = dataclasses.replace(config, bundle=absolute_bundle(config.bundle))
     bundle = locate_bundle(config.bundle)
     bundle.config.defaults.override(**config.sampling)  # refuses bad settings before anything starts
@@ -86,14 +85,14 @@ def edit(config: EditConfig, *, console: Console | None = None) -> Ending:
     with open_run(out, make_record("edit", config, decides), config, console) as run:
         pending = _plan(config, out, rows)
         run.say(f"{pending.num_rows} edits to do; results: {out.url}")
+        shared = {"the folder of the images": images, **local_bundles(config.bundle)}
+        sources = FetchSources(images, column="image", schema=EDIT_ROW_SCHEMA)
         run.work(
-            "edits",
             pending,
-            lambda: _stream(config, out, images, pending),
-            stages={"edit": config.edit},
-            shared={"the folder of the images": images, **local_bundles(config.bundle)},
+            lambda: stage_blocks(pending, sources, _Edit, config, out, size=config.edit, num_cpus=_FETCH_CPUS),
+            {"edit": config.edit},
+            shared,
             task_cpus=_FETCH_CPUS,
-            grows=config.cluster_grows,
         )
         figures = figures_of(read_latest(out, EDITS_SCHEMA, columns=["id", "attempt", "status", "reason"]))
         run.finish({"status": figures["status"], "reasons": figures["reasons"]})
@@ -203,15 +202,6 @@ class _Edit:
         finished = to_table([{name: row[name] for name in EDITS_SCHEMA.names} for row in rows], EDITS_SCHEMA)
         write_part(self._out, finished, ids_key(finished))
         return figures_table(figures_of(finished))
-
-
-def _stream(config: EditConfig, out: Folder, images: Folder, pending: PendingRows) -> Iterator[dict[str, Any]]:
-    """Runs the blocks; yields the figures of each when it is written."""
-    sources = FetchSources(images, column="image", schema=EDIT_ROW_SCHEMA)
-    written = pending.fetch(sources, num_cpus=_FETCH_CPUS).map_batches(
-        _Edit, fn_constructor_args=(config, out), **config.edit.pool()
-    )
-    yield from run_blocks(written)
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,9 +28,10 @@ from mgie.evaluation.metrics import NetworkName
 from mgie.evaluation.network_files import Network, find_network
 from mgie.storage.folder import Folder, open_folder
 from pipelines.reports.evaluate import REPORT_HTML, ReportPlan, write_report
-from pipelines.runs.blocks import PendingRows, figures_table, ids_key, run_blocks, write_part, write_to_do
+from pipelines.runs.blocks import PendingRows, figures_table, ids_key, stage_blocks, write_part, write_to_do
 from pipelines.runs.cluster import StageSize, absolute_bundle, local_bundles
 from pipelines.runs.command import Ending, run_command
+from pipelines.runs.progress import say
 from pipelines.runs.run import open_run
 from pipelines.runs.run_record import make_record, read_run
 from pipelines.runs.settings import EditSettings
@@ -153,8 +154,7 @@ def evaluate(config: EvaluateConfig, *, console: Console | None = None) -> Endin
         BundleError: The bundle or a network cannot be used.
         OSError: A store is in trouble.
     """
-    console = console or Console(quiet=True)
-    console.print(f"reading {config.ledger} ...", soft_wrap=True, highlight=False)
+    say(console, f"reading {config.ledger} ...")
     config = dataclasses.replace(config, bundle=absolute_bundle(config.bundle))
     ledger, out = (open_folder(where, endpoint=config.endpoint) for where in (config.ledger, config.out))
     images = open_folder(images_root(ledger, moved_to=config.images), endpoint=config.endpoint)
@@ -193,16 +193,15 @@ def evaluate(config: EvaluateConfig, *, console: Console | None = None) -> Endin
         run.say(f"{pending.num_rows} rows to score; results: {out.url}")
         # A network of the hub is fetched by every node for itself.
         local = [one for one in networks.values() if one.where == str(one.folder)]
+        shared = {"the folder of the images": images, "the folder of results": results, **local_bundles(config.bundle)}
+        shared |= {f"network {one.identity}": open_folder(one.folder) for one in local}
+        pictures = FetchPictures(images, results)
         run.work(
-            "rows",
             pending,
-            lambda: _stream(config, plan, out, FetchPictures(images, results), pending),
-            stages={"score": config.score},
-            shared={"the folder of the images": images, "the folder of results": results}
-            | {f"network {one.identity}": open_folder(one.folder) for one in local}
-            | local_bundles(config.bundle),
+            lambda: stage_blocks(pending, pictures, _Score, plan, out, size=config.score, num_cpus=_FETCH_CPUS),
+            {"score": config.score},
+            shared,
             task_cpus=_FETCH_CPUS,
-            grows=config.cluster_grows,
         )
         run.say("making the report ...")
         report = write_report(out, images, results, _latest(out, plan).to_pylist(), _report_plan(config, plan, about))
@@ -298,16 +297,6 @@ class _Score:
             rows.append(row)
         write_part(self._out, to_table(rows, self._schema), ids_key(table))
         return figures_table({"rows": table.num_rows})
-
-
-def _stream(
-    config: EvaluateConfig, plan: ScoringPlan, out: Folder, pictures: FetchPictures, pending: PendingRows
-) -> Iterator[dict[str, Any]]:
-    """Runs the blocks; yields the number of rows of each when it is written."""
-    written = pending.fetch(pictures, num_cpus=_FETCH_CPUS).map_batches(
-        _Score, fn_constructor_args=(plan, out), **config.score.pool()
-    )
-    yield from run_blocks(written)
 
 
 def main() -> int:

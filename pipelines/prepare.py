@@ -30,7 +30,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
 from rich.console import Console
-from rich.table import Table
 
 from mgie.config import ImageLimits, check_range
 from mgie.data.ledger import (
@@ -48,6 +47,7 @@ from pipelines.readers import Columns, Layout, Reader, Shard, make_reader
 from pipelines.readers.duplicates import PAIR_BYTES, find_duplicates
 from pipelines.readers.manifest_rows import STAGED_SCHEMA, RowMaker
 from pipelines.runs.command import Ending, run_command
+from pipelines.runs.progress import say
 from pipelines.runs.run import Run, open_run
 from pipelines.runs.run_record import RunRecord, fingerprint
 
@@ -140,8 +140,7 @@ def prepare(config: PrepareConfig, *, console: Console | None = None) -> Prepare
         DataError: The input is not in the layout, or gives no rows.
         OSError: A store is in trouble.
     """
-    console = console or Console(quiet=True)
-    console.print(f"reading the names in {config.input} ...", soft_wrap=True, highlight=False)
+    say(console, f"reading the names in {config.input} ...")
     source, output = _folders(config)
     reader = make_reader(config.layout, config.columns)
     shards = reader.shards(source)
@@ -341,27 +340,17 @@ def _write(
     return splits, rejected
 
 
-def _table(report: PrepareReport) -> Table:
-    table = Table(title="prepare: rows", title_justify="left")
-    table.add_column("what")
-    table.add_column("rows", justify="right")
-    for split, count in report.splits.items():
-        table.add_row(f"manifest, {split}", str(count))
-    for code, count in report.rejected.items():
-        table.add_row(f"rejected, {code}", str(count))
-    table.add_row("all", str(report.num_rows + sum(report.rejected.values())), style="bold")
-    return table
-
-
 def _run(config: PrepareConfig, *, console: Console) -> Ending:
     report = prepare(config, console=console)
-    console.print(_table(report))
-    num_unusable = sum(count for code, count in report.rejected.items() if code not in _NOT_UNUSABLE)
-    done = "\nnothing to do: this run was finished before" if report.was_done else ""
+    splits, rejected = (
+        ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
+        for counts in (report.splits, report.rejected)
+    )
+    done = "nothing to do: this run was finished before\n" if report.was_done else ""
     return Ending(
-        said=f"manifest: {report.manifest}{done}",
+        said=f"{done}rows: {splits}; rejected: {rejected}\nmanifest: {report.manifest}",
         num_rows=report.num_rows + sum(report.rejected.values()),
-        num_rejected=num_unusable,
+        num_rejected=sum(count for code, count in report.rejected.items() if code not in _NOT_UNUSABLE),
         max_rejected=config.max_rejected,
     )
 

@@ -39,12 +39,12 @@ from mgie.data.ledger import (
     LEDGER_SCHEMA,
     MANIFEST_SCHEMA,
     images_root,
-    list_parquet,
+    read_latest,
     read_ledger,
     read_manifest,
     write_images_root,
 )
-from mgie.errors import ConfigError, DataError
+from mgie.errors import ConfigError
 from mgie.storage.folder import Folder, open_folder
 from pipelines.prepare import PrepareConfig, prepare
 from pipelines.reports.summarize import REPORT_HTML, RunTotals, ledger_counts, summarize_run, write_report
@@ -59,6 +59,7 @@ from pipelines.runs.blocks import (
 )
 from pipelines.runs.cluster import StageSize, absolute_bundle, local_bundles
 from pipelines.runs.command import Ending, run_command
+from pipelines.runs.progress import say
 from pipelines.runs.run import open_run
 from pipelines.runs.run_record import RunRecord, make_record
 from pipelines.runs.settings import LedgerSettings
@@ -130,10 +131,9 @@ def summarize(config: SummarizeConfig, *, console: Console | None = None) -> End
         OSError: A store is in trouble.
         ray.exceptions.RayError: A stage failed.
     """
-    console = console or Console(quiet=True)
     out = open_folder(config.out, endpoint=config.endpoint)
     manifest = _open_manifest(config, out, console)
-    console.print(f"reading the manifest {manifest.url} ...", soft_wrap=True, highlight=False)
+    say(console, f"reading the manifest {manifest.url} ...")
     images = open_folder(images_root(manifest, moved_to=config.images), endpoint=config.endpoint)
     stages = {"describe": config.describe, "summarize": config.summarize}
     with open_run(out, _run_record(config, manifest), config, console) as run:
@@ -148,19 +148,9 @@ def summarize(config: SummarizeConfig, *, console: Console | None = None) -> End
         run.say(f"{pending.num_rows} rows to do; a kill loses at most {num_lost} rows of work; ledger: {out.url}")
         started = time.monotonic()
         totals = RunTotals()
-        run.work(
-            "rows",
-            pending,
-            lambda: stream(config, out, images, pending),
-            each=totals.add,
-            stages=stages,
-            shared={
-                "the folder of the images": images,
-                **local_bundles(config.describe_model, config.summarize_model),
-            },
-            task_cpus=_FETCH_CPUS,
-            grows=config.cluster_grows,
-        )
+        shared = {"the folder of the images": images, **local_bundles(config.describe_model, config.summarize_model)}
+        work = partial(stream, config, out, images, pending)
+        run.work(pending, work, stages, shared, task_cpus=_FETCH_CPUS, each=totals.add)
         seconds, counts = time.monotonic() - started, ledger_counts(out)
         if pending.num_rows:
             run.say("making the report ...")
@@ -183,7 +173,7 @@ def summarize(config: SummarizeConfig, *, console: Console | None = None) -> End
     )
 
 
-def _open_manifest(config: SummarizeConfig, out: Folder, console: Console) -> Folder:
+def _open_manifest(config: SummarizeConfig, out: Folder, console: Console | None) -> Folder:
     if config.manifest:
         return open_folder(config.manifest, endpoint=config.endpoint)
     sample = PrepareConfig(out=posixpath.join(posixpath.dirname(out.url), "sample"), endpoint=config.endpoint)
@@ -221,18 +211,11 @@ def _hash_ids(manifest: Folder) -> str:
 
 def plan(config: SummarizeConfig, manifest: Folder, out: Folder) -> PendingRows:
     """Writes the rows still to do."""
-    rows = _unseen(manifest, _ids(out))
-    if config.retry_failed:
+    latest = read_latest(out, LEDGER_SCHEMA, columns=["id", "attempt", "status"])
+    rows = _unseen(manifest, latest.column("id").to_numpy())
+    if config.retry_failed and "rejected" in latest.column("status").unique().to_pylist():
         rows = itertools.chain(rows, _failed(out))
     return write_pending(out, rows, LEDGER_SCHEMA, rows_per_block=config.rows_per_commit)
-
-
-def _ids(out: Folder) -> npt.NDArray[np.int64]:
-    """Sorted ids that the ledger holds, whatever their status."""
-    if not list_parquet(out):
-        return np.empty(0, dtype=np.int64)
-    batches = read_ledger(out, status=None, columns=["id"])
-    return np.sort(np.concatenate([batch.column("id").to_numpy() for batch in batches]))
 
 
 def _unseen(manifest: Folder, done: npt.NDArray[np.int64]) -> Iterator[pa.RecordBatch]:
@@ -242,15 +225,10 @@ def _unseen(manifest: Folder, done: npt.NDArray[np.int64]) -> Iterator[pa.Record
 
 
 def _failed(out: Folder) -> Iterator[pa.RecordBatch]:
-    if not list_parquet(out):
-        return
-    try:
-        for batch in read_ledger(out, status="rejected"):
-            table = pa.Table.from_batches([batch])
-            attempts = pa.array(table.column("attempt").to_numpy() + 1, pa.int32())
-            yield from _as_ledger(table.select(MANIFEST_SCHEMA.names), attempt=attempts)
-    except DataError:
-        return  # none failed
+    for batch in read_ledger(out, status="rejected"):
+        table = pa.Table.from_batches([batch])
+        attempts = pa.array(table.column("attempt").to_numpy() + 1, pa.int32())
+        yield from _as_ledger(table.select(MANIFEST_SCHEMA.names), attempt=attempts)
 
 
 def _as_ledger(table: pa.Table, attempt: pa.Array | None) -> list[pa.RecordBatch]:

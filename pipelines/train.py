@@ -14,6 +14,7 @@ import sys
 from rich.console import Console
 
 from pipelines.runs.command import Ending, run_command
+from pipelines.runs.progress import say
 from pipelines.training.config import TrainConfig
 
 
@@ -30,8 +31,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> Ending:
         FaultError: Workers or the controller died too often.
         RayError: The cluster is in trouble.
     """
-    console = console or Console(quiet=True)
-    console.print("loading torch and Ray Train ...")
+    say(console, "loading torch and Ray Train ...")
     from pipelines.training.job import run_training  # here, because they take seconds to load
 
     return run_training(config, console)

@@ -19,6 +19,7 @@ import ray.data
 
 from mgie.data.ledger import rejection_code, split_rows, to_table
 from mgie.storage.folder import Folder
+from pipelines.runs.cluster import StageSize
 
 _WORK = "_work"
 _BLOCKS_PER_FILE = 16  # row groups
@@ -116,6 +117,24 @@ def figures_of(rows: pa.Table) -> dict[str, Any]:
 def figures_table(figures: Mapping[str, Any]) -> pa.Table:
     """Figures of a block, as its last stage gives them to `run_blocks`."""
     return pa.table({"figures": [json.dumps(figures)]})
+
+
+def stage_blocks(
+    pending: PendingRows,
+    prepare: Callable[[pa.Table], pa.Table],
+    stage: type,
+    *given: Any,
+    size: StageSize,
+    num_cpus: float,
+) -> Iterator[dict[str, Any]]:
+    """Runs pending blocks through one stage of actors; see `run_blocks`.
+
+    Args:
+        prepare, num_cpus: As of `PendingRows.fetch`.
+        stage: Class of the actors; made of what is `given`.
+    """
+    prepared = pending.fetch(prepare, num_cpus=num_cpus)
+    return run_blocks(prepared.map_batches(stage, fn_constructor_args=given, **size.pool()))
 
 
 def run_blocks(written: ray.data.Dataset) -> Iterator[dict[str, Any]]:

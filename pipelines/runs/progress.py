@@ -12,6 +12,12 @@ LINE_EVERY_S = 30.0
 _ESTIMATED_OVER_S = 3600.0  # blocks may take minutes: rich's half a minute would see none
 
 
+def say(console: Console | None, text: str) -> None:
+    """Prints a line, if there is somebody to read it: what is begun now, and may take a while."""
+    if console:
+        console.print(text, soft_wrap=True, highlight=False)
+
+
 class Bar:
     """A progress bar with an estimate, drawn from the start; where there is no terminal, a line now and then.
 

@@ -13,8 +13,9 @@ from pipelines.runs.blocks import PendingRows
 from pipelines.runs.cluster import StageSize, check_cluster, check_shared, start_ray
 from pipelines.runs.config_file import write_config
 from pipelines.runs.lease import HeldLease, hold_lease
-from pipelines.runs.progress import Bar
+from pipelines.runs.progress import Bar, say
 from pipelines.runs.run_record import RunRecord, claim
+from pipelines.runs.settings import ClusterSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,27 +36,19 @@ class Run:
 
     def say(self, text: str) -> None:
         """Prints a line: what is begun now, and may take a while."""
-        self.console.print(text, soft_wrap=True, highlight=False)
+        say(self.console, text)
 
     def begin(self) -> None:
         """Notes the settings beside the output: something will be done. Raises OSError."""
         write_config(self.out, self.config)
 
-    def join(
-        self,
-        stages: Mapping[str, StageSize],
-        shared: Mapping[str, Folder],
-        *,
-        task_cpus: float,
-        grows: bool = False,
-    ) -> None:
+    def join(self, stages: Mapping[str, StageSize], shared: Mapping[str, Folder], *, task_cpus: float) -> None:
         """Joins or starts a cluster that has what the run needs.
 
         Args:
             stages: Stages by the name that their flags begin with.
             shared: Folders that all nodes must see beside the run's, by what they are.
             task_cpus: CPUs of the tasks that run besides the stages.
-            grows: The cluster adds nodes on demand.
 
         Raises:
             ConfigError: The cluster is too small, or a node does not see a folder.
@@ -64,31 +57,30 @@ class Run:
         self.begin()
         self.say("joining or starting Ray, which may take half a minute ...")
         start_ray(self.say)
+        grows = isinstance(self.config, ClusterSettings) and self.config.cluster_grows
         check_cluster(stages, task_cpus=task_cpus, grows=grows)
         check_shared({"the output folder": self.out, **shared})
 
     def work(
         self,
-        what: str,
         pending: PendingRows,
         blocks: Callable[[], Iterator[dict[str, Any]]],
-        *,
+        *needs: Any,
+        task_cpus: float,
         each: Callable[[dict[str, Any]], None] = lambda _: None,
-        **needs: Any,
     ) -> None:
         """Does what is pending.
 
         Args:
-            what: What is counted: "edits".
             blocks: Starts the work on a cluster that has been joined; yields the figures of each block (its `rows`,
                 and more) when it is written.
+            needs, task_cpus: Arguments of `join`.
             each: Is given the figures of each block.
-            needs: Arguments of `join`.
         """
         if pending.num_rows:
-            self.join(**needs)
+            self.join(*needs, task_cpus=task_cpus)
             self.say("starting the stages: each actor loads its models first ...")
-            with self.bar(what, pending.num_rows) as bar:
+            with self.bar("rows", pending.num_rows) as bar:
                 for block in blocks():
                     bar.show(bar.done + block["rows"])
                     each(block)

@@ -24,6 +24,7 @@ from mgie.training.variants import check_variant, open_caches, training_side_px
 from pipelines.reports.train import plot_run
 from pipelines.runs.cluster import StageSize, absolute_bundle, local_bundles
 from pipelines.runs.command import Ending, FaultError, causes
+from pipelines.runs.progress import say
 from pipelines.runs.run import Run, open_run
 from pipelines.runs.run_record import RunRecord, make_record
 from pipelines.training.checkpoints import CHECKPOINTS, repair_checkpoints
@@ -36,9 +37,9 @@ METRICS_FILE, PLOT_FILE = "metrics.jsonl", "summary.svg"
 _LOCAL_POLL_S, _STORE_POLL_S = 0.5, 5.0
 
 
-def run_training(config: TrainConfig, console: Console) -> Ending:
+def run_training(config: TrainConfig, console: Console | None) -> Ending:
     """The job; see `pipelines.train.train`."""
-    console.print(f"opening bundle {config.init} and the ledgers ...", soft_wrap=True, highlight=False)
+    say(console, f"opening bundle {config.init} and the ledgers ...")
     init = absolute_bundle(config.init)
     bundle = open_bundle(init)
     check_variant(bundle, config.training.variant)
@@ -80,7 +81,7 @@ def _join(config: TrainConfig, job: TrainingJob, run: Run) -> None:
     shared |= local_bundles(job.init)
     if job.cache:
         shared["the cache"] = job.cache
-    run.join({"workers": stage}, shared, task_cpus=0, grows=config.cluster_grows)
+    run.join({"workers": stage}, shared, task_cpus=0)
 
 
 def _run_record(config: TrainConfig, ledgers: list[Folder], bundle: Bundle) -> RunRecord:
