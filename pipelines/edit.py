@@ -25,7 +25,7 @@ from mgie.bundle.resolve import locate_bundle
 from mgie.data.edit_list import parse_edit_list
 from mgie.data.ledger import EDITS_SCHEMA, IMAGES_FILE, images_root, read_latest, read_manifest, row_id, to_table
 from mgie.errors import ConfigError, DataError
-from mgie.images.files import OutputFormat
+from mgie.images.files import IMAGE_SUFFIXES, OutputFormat
 from mgie.storage.folder import Folder, open_folder
 from pipelines.runs.blocks import PendingRows, figures_of, figures_table, ids_key, stage_blocks, write_part, write_to_do
 from pipelines.runs.cluster import StageSize, absolute_bundle, local_bundles
@@ -39,7 +39,6 @@ from pipelines.stages.seeds import row_seed
 
 _IMAGES = "images"
 _FETCH_CPUS = 0.25  # waits for storage most of the time
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".heic", ".heif")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,9 +122,9 @@ def _read_source(config: EditConfig) -> tuple[Folder, list[dict[str, Any]]]:
             ]
             folder = open_folder(images_root(folder), endpoint=config.endpoint)
         else:
-            names = [entry.name for entry in folder.list() if entry.name.lower().endswith(_IMAGE_SUFFIXES)]
+            names = [entry.name for entry in folder.list() if entry.name.lower().endswith(IMAGE_SUFFIXES)]
             if not names:
-                raise DataError(f"{folder.url} holds neither a manifest nor images ({', '.join(_IMAGE_SUFFIXES)})")
+                raise DataError(f"{folder.url} holds neither a manifest nor images ({', '.join(IMAGE_SUFFIXES)})")
             asked = [{"image": name, "instruction": config.instruction} for name in names]
             if not config.instruction.strip():
                 raise ConfigError("an instruction is needed for a folder of images", param="instruction")

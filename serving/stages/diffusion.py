@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from mgie.bundle.bundle import Bundle
-from mgie.config import SOFTWARE
 from mgie.engine.engine import Engine
 from mgie.engine.handle import EditHandle, EngineStats, Previewed, StepDone, Stepped
 from mgie.errors import DeadlineError
@@ -258,7 +257,7 @@ class DiffusionStage(Stage[_Rendering]):
         # OpenAI counts from 0, the encoders from 1.
         quality = None if options.output_quality is None else max(1, options.output_quality)
         identity = self._bundles[options.model or self._default].identity
-        metadata = EditMetadata(seed=seed, bundle=identity, software=SOFTWARE)
+        metadata = EditMetadata(seed=seed, bundle=identity)
         return write_image(image, format=options.output_format, quality=quality, metadata=metadata)
 
 
