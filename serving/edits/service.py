@@ -25,7 +25,7 @@ from serving.edits.results import ResultStore
 from serving.edits.safety import SafetyCheck, SafetyGate
 from serving.errors import NotFoundError, RequestError, quoted
 from serving.schema import MAX_SIDE_PX, MIN_SIDE_PX, EditForm, Priority
-from serving.stages.messages import BundleInfo
+from serving.stages.messages import BundleInfo, Derived
 from serving.telemetry.tracing import NO_SPANS, NO_TRACE, Spans, Trace
 
 BATCH_PATIENCE_S = 30.0
@@ -112,7 +112,7 @@ class EditService:
         self._backend.check_room()
 
     async def models(self) -> tuple[BundleInfo, ...]:
-        """The served bundles, asked for once: they cannot change under a running application."""
+        """The served bundles, asked for once: they change by a roll-out alone, which replaces this replica, too."""
         if not self._models:
             self._models = await self._backend.models()
         return self._models
@@ -198,6 +198,8 @@ class EditService:
             call = replace(call, options=replace(call.options, trace=span.trace))
             async with contextlib.aclosing(self._backend.stream(call, is_watched=is_watched)) as events:
                 async for event in events:
+                    if isinstance(event, Derived) and event.bundle not in {one.identity for one in self._models}:
+                        self._models = ()  # this replica asked for them in the middle of a roll-out
                     await self._safety.ask(call.options, pictures_of(event), "output")
                     yield event
 

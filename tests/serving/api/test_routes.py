@@ -435,6 +435,24 @@ def test_stages_of_different_bundles_are_not_ready(mllm: MLLMStage, renamed_bund
     other.close()
 
 
+def test_bundles_that_were_asked_for_in_the_middle_of_a_roll_out_are_asked_for_again(
+    mllm: MLLMStage, diffusion: DiffusionStage, renamed_bundle: Path, photo: Photo
+) -> None:
+    backend = InProcessBackend(mllm, diffusion)
+    client = TestClient(api_over(backend))
+
+    def names() -> list[str]:
+        return [model["id"] for model in client.get("/v1/models").json()["data"]]
+
+    assert names() == ["random"]
+    new = MLLMStage(str(renamed_bundle), device="cpu"), DiffusionStage(str(renamed_bundle), device="cpu")
+    backend._mllm, backend._diffusion = new
+    assert send(client, photo(), prompt="p", steps=1).status_code == 200
+    assert names() == ["renamed"]
+    for stage in new:
+        stage.close()
+
+
 @pytest.mark.parametrize(
     ("error", "status", "param"),
     [
