@@ -94,7 +94,7 @@ def export(config: ExportConfig, *, console: Console | None = None) -> dict[str,
     record = RunRecord(job="export", fingerprint=fingerprint({**content, "files": files}), config=content)
     with open_run(output, record, config, console, is_done_once=True) as run:
         if run.is_finished:
-            return dict((run.record.report or {})["splits"])
+            return dict((run.found.report or {})["splits"])
         run.begin()
         run.say(f"reading the ledger {ledger.url} ...")
         counts: Counter[str] = Counter()

@@ -153,7 +153,7 @@ def prepare(config: PrepareConfig, *, console: Console | None = None) -> Prepare
     )
     with open_run(output, record, config, console, is_done_once=True) as run:
         if run.is_finished:
-            return PrepareReport(**{**(run.record.report or {}), "folder": output.url, "was_done": True})
+            return PrepareReport(**{**(run.found.report or {}), "folder": output.url, "was_done": True})
         return _fill(config, source, run, reader=reader, shards=shards)
 
 

@@ -93,16 +93,18 @@ def _address(say: Callable[[str], None]) -> str | None:
     named = os.environ.get("RAY_ADDRESS", "")
     folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # noqa: S108  # as Ray itself looks
     file = Path(folder) / "ray" / "ray_current_cluster"
-    address = named or (file.read_text().strip() if file.is_file() else "")
+    address = named
+    if named in ("", "auto") and file.is_file():
+        address = file.read_text().strip()
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not port.isdigit():
-        return None  # none, or a word of Ray's own: auto, local
+        return None  # none, or a word of Ray's own
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_S).close()
     except OSError as error:
         if named:
             raise ConnectionError(
-                f"RAY_ADDRESS is {named}, where no cluster answers ({error}); start it, or unset RAY_ADDRESS"
+                f"RAY_ADDRESS is {named}, but no cluster answers at {address} ({error}); start it, or unset RAY_ADDRESS"
             ) from error
         say(f"the cluster that {file} names ({address}) is gone: starting one on this machine")
         return "local"

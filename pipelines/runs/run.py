@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ class Run:
 
     out: Folder
     record: RunRecord
+    found: RunRecord
+    "what the folder held: the same, as an earlier call left it"
     config: Any
     "dataclass of all settings"
     console: Console
@@ -31,8 +34,8 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether it was finished before, and there is nothing to do."""
-        return self.record.is_finished
+        """Whether it was finished before."""
+        return self.found.is_finished
 
     def say(self, text: str) -> None:
         """Prints a line: what is begun now, and may take a while."""
@@ -92,8 +95,9 @@ class Run:
         return Bar(self.console, what, total, done=done)
 
     def finish(self, report: Mapping[str, Any]) -> None:
-        """Notes that the run is done, and what it gave."""
-        dataclasses.replace(self.record, is_finished=True, report=report).write(self.out)
+        """Notes that the run is done, and what it gave, unless the folder says so already."""
+        if not (self.is_finished and self.found.report == json.loads(json.dumps(report))):
+            dataclasses.replace(self.record, is_finished=True, report=report).write(self.out)
 
 
 @contextlib.contextmanager
@@ -109,7 +113,7 @@ def open_run(
     """Claims the folder for the run, or continues it there, and holds its lease for the duration of the block.
 
     Args:
-        is_done_once: A run that was finished before is left alone: it comes with its record, and is not held.
+        is_done_once: A run that was finished before is left alone: its lease is not held.
         may_grow: See `claim`.
 
     Raises:
@@ -122,5 +126,4 @@ def open_run(
         if not (is_done_once and found.is_finished):
             lease = stack.enter_context(hold_lease(out))
             found = claim(out, record)  # another process may have finished it just before
-        is_over = is_done_once and found.is_finished
-        yield Run(out=out, record=found if is_over else record, config=config, console=console, lease=lease)
+        yield Run(out=out, record=record, found=found, config=config, console=console, lease=lease)

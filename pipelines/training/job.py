@@ -48,7 +48,7 @@ def run_training(config: TrainConfig, console: Console | None) -> Ending:
     with open_run(out, record, config, console, is_done_once=True, may_grow="training.steps") as run:
         if run.is_finished:
             said = "the run was finished before; more --training.steps continue it, another run needs another --out\n"
-            return _ending(run, run.record.report or {}, said)
+            return _ending(run, run.found.report or {}, said)
         run.say("reading the rows ...")
         rows = freeze_rows(
             out,

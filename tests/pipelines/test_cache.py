@@ -245,7 +245,7 @@ def test_a_job_that_was_cut_off_is_continued_and_the_cache_is_what_training_woul
     after = _shards(out)
     assert {path: after[path] for path in before} == before
     assert sum(len(content) for content in after.values()) // 8 == num_rows  # none twice
-    assert sorted(path.name for path in out.iterdir()) == ["run.json", "vae_moments"]
+    assert sorted(path.name for path in out.iterdir()) == ["config.yaml", "run.json", "vae_moments"]
 
     opened = _open(out, "vae_moments", _ids(rows), 64)
     for some in (rows[:4], rows[num_rows - 7 : num_rows - 3]):

@@ -182,7 +182,7 @@ def test_edits_are_continued_where_some_are_missing_and_left_alone_where_none_ar
     (edits / "images" / "667e93cc6860e7a4.png").unlink()
     said = place.run("edit.py", EDIT, status=4)  # one of six photos is not there
     assert "2 edits to do" in said
-    assert "1 edited, 1 rejected (1 missing_file)" in said
+    assert "5 edited, 1 rejected (1 missing_file)" in said
     assert _contents(edits).keys() == before.keys() | {"config.yaml"}
     assert _rows(lost) == _rows(DATA / "edits" / lost.name)
     for name in ("667e93cc6860e7a4", "1fdfc407fc1f22fe"):
