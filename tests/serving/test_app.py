@@ -80,7 +80,7 @@ def test_the_builder_takes_several_bundles_of_different_names(random_bundle: Pat
 def test_a_bundle_that_cannot_serve_fails_in_the_builder() -> None:
     with pytest.raises(ArgumentError, match="no tokenizer"):
         app(ServingArgs(bundle="random-summarizer"))
-    with pytest.raises(ArgumentError, match="not a folder"):
+    with pytest.raises(ArgumentError, match="does not exist"):
         app(ServingArgs(bundle="./nowhere"))
 
 
@@ -105,7 +105,7 @@ def test_limits_and_keys_that_cannot_hold_fail_in_the_builder(tmp_path: Path, mo
     ("given", "words"),
     [
         ("artifacts={file}/results", "Error: store {file}/results cannot be opened: "),
-        ("bundle=./nowhere", "Error: bundle './nowhere' is not a folder"),
+        ("bundle=./nowhere", "Error: bundle './nowhere' does not exist"),
         ("max_stepz=3", "Error: there is no setting 'max_stepz'; did you mean max_steps?"),
     ],
 )
