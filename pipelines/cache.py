@@ -21,7 +21,7 @@ from rich.console import Console
 
 from mgie.bundle.resolve import locate_bundle
 from mgie.config import CacheKind, check_range
-from mgie.data.latent_cache import CacheDtype, CacheSpec, Ids, cached_ids, finish_cache, list_shards, write_shard
+from mgie.data.latent_cache import CacheDtype, CacheSpec, cached_ids, finish_cache, list_shards, write_shard
 from mgie.data.ledger import images_root, read_edits
 from mgie.errors import ConfigError, DataError, MGIEError
 from mgie.storage.folder import Folder, open_folder
@@ -94,12 +94,14 @@ def cache(config: CacheConfig, *, console: Console | None = None) -> Ending:
     ledger = open_folder(config.ledger, endpoint=config.endpoint)
     out = open_folder(config.out, endpoint=config.endpoint)
     images = open_folder(images_root(ledger, moved_to=config.images), endpoint=config.endpoint)
-    _check_sizes(config, specs, _num_rows(ledger), console)
+    _check_sizes(config, specs, sum(map(len, read_edits(ledger, columns=["id"]))), console)
     # Not the ledger: a row's id says what its images are, so that a cache may serve several.
     decides = {"caches": [dataclasses.asdict(spec) for spec in specs]}
     with open_run(out, make_record("cache", config, decides), config, console) as run:
         done = functools.reduce(np.intersect1d, [cached_ids(list_shards(out, spec).values()) for spec in specs])
-        pending = _plan(config, ledger, out, done)
+        batches = read_edits(ledger, columns=CACHED_SCHEMA.names)
+        new = (batch.filter(pa.array(~np.isin(batch.column("id").to_numpy(), done))) for batch in batches)
+        pending = write_pending(out, new, CACHED_SCHEMA, rows_per_block=config.rows_per_shard)
         run.say(f"{pending.num_rows} rows to encode; caches: {out.url}")
         shared = {"the folder of the images": images, **local_bundles(config.bundle)}
         run.work(
@@ -117,10 +119,6 @@ def cache(config: CacheConfig, *, console: Console | None = None) -> Ending:
     return Ending(said=f"{pending.num_rows} rows encoded; {size}", report=report)
 
 
-def _num_rows(ledger: Folder) -> int:
-    return sum(len(batch) for batch in read_edits(ledger, columns=["id"]))
-
-
 def _check_sizes(config: CacheConfig, specs: list[CacheSpec], num_rows: int, console: Console | None) -> None:
     for spec in specs:
         num_bytes = num_rows * spec.row_bytes
@@ -132,13 +130,6 @@ def _check_sizes(config: CacheConfig, specs: list[CacheSpec], num_rows: int, con
                 "or --what vae: the vision tower is a small share of a training step",
                 param="yes_large",
             )
-
-
-def _plan(config: CacheConfig, ledger: Folder, out: Folder, done: Ids) -> PendingRows:
-    """Writes the rows still to do."""
-    batches = read_edits(ledger, columns=CACHED_SCHEMA.names)
-    new = (batch.filter(pa.array(~np.isin(batch.column("id").to_numpy(), done))) for batch in batches)
-    return write_pending(out, new, CACHED_SCHEMA, rows_per_block=config.rows_per_shard)
 
 
 class _EncodeAndCommit:

@@ -79,7 +79,7 @@ def edit(config: EditConfig, *, console: Console | None = None) -> Ending:
         "seed": config.seed,
         "format": config.format,
         "dtype": config.dtype,
-        "rows": _hash_ids(rows),
+        "rows": hashlib.sha256(json.dumps([row["id"] for row in rows]).encode()).hexdigest()[:16],
     }
     with open_run(out, make_record("edit", config, decides), config, console) as run:
         pending = _plan(config, out, rows)
@@ -159,10 +159,6 @@ def _edits(config: EditConfig, asked: list[dict[str, Any]]) -> list[dict[str, An
             "status": "rejected",  # until it is ok
         }
     return list(rows.values())
-
-
-def _hash_ids(rows: list[dict[str, Any]]) -> str:
-    return hashlib.sha256(json.dumps([row["id"] for row in rows]).encode()).hexdigest()[:16]
 
 
 def _plan(config: EditConfig, out: Folder, rows: list[dict[str, Any]]) -> PendingRows:

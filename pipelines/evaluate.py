@@ -204,7 +204,8 @@ def evaluate(config: EvaluateConfig, *, console: Console | None = None) -> Endin
             task_cpus=_FETCH_CPUS,
         )
         run.say("making the report ...")
-        report = write_report(out, images, results, _latest(out, plan).to_pylist(), _report_plan(config, plan, about))
+        scores = read_latest(out, scores_schema(plan.metrics), key=("id", "setting")).to_pylist()
+        report = write_report(out, images, results, scores, _report_plan(config, plan, about))
         run.finish(report["rows"])
     num_compared, num_left_out, reasons = (report["rows"][name] for name in ("compared", "left_out", "reasons"))
     why = ", ".join(f"{count} {code}" for code, count in reasons.items())
@@ -257,11 +258,6 @@ def _report_plan(config: EvaluateConfig, plan: ScoringPlan, about: Mapping[str, 
         seed=config.seed,
         metrics=plan.metrics,
     )
-
-
-def _latest(out: Folder, plan: ScoringPlan) -> pa.Table:
-    """The score rows of each id's highest attempt."""
-    return read_latest(out, scores_schema(plan.metrics), key=("id", "setting"))
 
 
 def _plan(config: EvaluateConfig, out: Folder, rows: Sequence[dict[str, Any]]) -> PendingRows:

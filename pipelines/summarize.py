@@ -38,6 +38,7 @@ from mgie.bundle.resolve import locate_bundle
 from mgie.data.ledger import (
     LEDGER_SCHEMA,
     MANIFEST_SCHEMA,
+    count_ledger,
     images_root,
     read_latest,
     read_ledger,
@@ -47,7 +48,7 @@ from mgie.data.ledger import (
 from mgie.errors import ConfigError
 from mgie.storage.folder import Folder, open_folder
 from pipelines.prepare import PrepareConfig, prepare
-from pipelines.reports.summarize import REPORT_HTML, RunTotals, ledger_counts, summarize_run, write_report
+from pipelines.reports.summarize import REPORT_HTML, RunTotals, summarize_run, write_report
 from pipelines.runs.blocks import (
     PendingRows,
     figures_of,
@@ -151,7 +152,7 @@ def summarize(config: SummarizeConfig, *, console: Console | None = None) -> End
         shared = {"the folder of the images": images, **local_bundles(config.describe_model, config.summarize_model)}
         work = partial(stream, config, out, images, pending)
         run.work(pending, work, stages, shared, task_cpus=_FETCH_CPUS, each=totals.add)
-        seconds, counts = time.monotonic() - started, ledger_counts(out)
+        seconds, counts = time.monotonic() - started, dict(vars(count_ledger(out)))
         if pending.num_rows:
             run.say("making the report ...")
             report = summarize_run(
@@ -185,7 +186,7 @@ def _run_record(config: SummarizeConfig, manifest: Folder) -> RunRecord:
     decides = {
         "backend": config.backend,
         "describe_model": config.describe_model,
-        "describe_revision": config.describe_revision or _identity(config.describe_model, config.backend),
+        "describe_revision": config.describe_revision or _identity(config),
         "base_url": config.base_url,
         "summarize_model": config.summarize_model,
         "summarize_revision": locate_bundle(config.summarize_model).identity,
@@ -198,8 +199,8 @@ def _run_record(config: SummarizeConfig, manifest: Folder) -> RunRecord:
     return dataclasses.replace(record, config={**record.config, "manifest": manifest.url})
 
 
-def _identity(model: str, backend: BackendName) -> str | None:
-    return locate_bundle(model).identity if backend == "bundle" else None
+def _identity(config: SummarizeConfig) -> str | None:
+    return locate_bundle(config.describe_model).identity if config.backend == "bundle" else None
 
 
 def _hash_ids(manifest: Folder) -> str:

@@ -8,61 +8,34 @@ own.py           yours: parquet, JSON Lines, WebDataset
 manifest_rows.py a raw edit -> a checked row         duplicates.py    exact and near duplicates
 """
 
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 from pipelines.readers.annotations import EVRReader, GIERReader, MA5kReader, MagicBrushTestReader
 from pipelines.readers.base import BadRow, ImageRef, RawEdit, Reader, Shard
-from pipelines.readers.hub import HQEditReader, InstructPix2PixReader, MagicBrushReader, UltraEditReader
+from pipelines.readers.hub import hq_edit, instructpix2pix, magicbrush, ultraedit
 from pipelines.readers.ipr2pr import IPr2PrReader
 from pipelines.readers.mgie_tsv import MGIEReader
 from pipelines.readers.own import Columns, JSONLinesReader, ParquetReader, WebDatasetReader
 
 Layout = Literal[
-    "ipr2pr",
-    "instructpix2pix",
-    "magicbrush",
-    "magicbrush-test",
-    "ultraedit",
-    "hq-edit",
-    "gier",
-    "ma5k",
-    "evr",
-    "mgie",
-    "parquet",
-    "jsonl",
-    "webdataset",
-]
+    "ipr2pr", "instructpix2pix", "magicbrush", "magicbrush-test", "ultraedit", "hq-edit", "gier", "ma5k", "evr",
+    "mgie", "parquet", "jsonl", "webdataset",
+]  # fmt: skip
+
+_PUBLISHED: Mapping[Layout, Callable[[], Reader]] = {
+    "ipr2pr": IPr2PrReader, "instructpix2pix": instructpix2pix, "magicbrush": magicbrush,
+    "magicbrush-test": MagicBrushTestReader, "ultraedit": ultraedit, "hq-edit": hq_edit, "gier": GIERReader,
+    "ma5k": MA5kReader, "evr": EVRReader, "mgie": MGIEReader,
+}  # fmt: skip
+_OWN: Mapping[Layout, Callable[[Columns], Reader]] = {
+    "parquet": ParquetReader, "jsonl": JSONLinesReader, "webdataset": WebDatasetReader,
+}  # fmt: skip
 
 
 def make_reader(layout: Layout, columns: Columns) -> Reader:
     """The reader of a layout; `columns` matters to your own data only."""
-    match layout:
-        case "ipr2pr":
-            return IPr2PrReader()
-        case "instructpix2pix":
-            return InstructPix2PixReader()
-        case "magicbrush":
-            return MagicBrushReader()
-        case "magicbrush-test":
-            return MagicBrushTestReader()
-        case "ultraedit":
-            return UltraEditReader()
-        case "hq-edit":
-            return HQEditReader()
-        case "gier":
-            return GIERReader()
-        case "ma5k":
-            return MA5kReader()
-        case "evr":
-            return EVRReader()
-        case "mgie":
-            return MGIEReader()
-        case "parquet":
-            return ParquetReader(columns)
-        case "jsonl":
-            return JSONLinesReader(columns)
-        case "webdataset":
-            return WebDatasetReader(columns)
+    return _OWN[layout](columns) if layout in _OWN else _PUBLISHED[layout]()
 
 
 __all__ = ["BadRow", "Columns", "ImageRef", "Layout", "RawEdit", "Reader", "Shard", "make_reader"]

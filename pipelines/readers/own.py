@@ -5,9 +5,10 @@ JSONLinesReader   images as file names relative to the folder
 WebDatasetReader  *.tar with <key>.<field>.<jpg|png|...> for images and <key>.json for all else
 """
 
+import functools
 import json
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -65,8 +66,8 @@ class Columns:
         return list(dict.fromkeys(name for name in (*named, *self.keep) if name))
 
 
-def _edit(record: Mapping[str, Any], columns: Columns, default_split: str, where: Mapping[str, Any]) -> RawEdit:
-    """Raises DataError for fields that are not as they should be."""
+def edit_of(record: Mapping[str, Any], columns: Columns, default_split: str, where: Mapping[str, Any]) -> RawEdit:
+    """The edit of a record. Raises DataError for fields that are not as they should be."""
     session = record.get(columns.session) if columns.session else None
     named_split = text_or_none(record, columns.split) if columns.split else None
     mask: ImageRef | None = image_cell(record, columns.mask) if columns.mask else None
@@ -157,17 +158,23 @@ class WebDatasetReader:
 def _edits(
     rows: Iterator[tuple[int, dict[str, Any]] | BadRow], columns: Columns, shard: Shard
 ) -> Iterator[RawEdit | BadRow]:
+    yield from edits_of(rows, shard, lambda record, where: [edit_of(record, columns, shard.split, where)])
+
+
+def edits_of(
+    rows: Iterator[tuple[int, dict[str, Any]] | BadRow],
+    shard: Shard,
+    make: Callable[[Mapping[str, Any], dict[str, Any]], Iterable[RawEdit]],
+    **more: str,
+) -> Iterator[RawEdit | BadRow]:
+    """What is made of each row, and of where it is (file, row, and `more`); what could not be read stays as it is."""
     for found in rows:
         if isinstance(found, BadRow):
             yield found
             continue
         number, record = found
-        where = {"file": shard.file, "row": number}
-        yield from guarded(
-            lambda record=record, where=where: [_edit(record, columns, shard.split, where)],  # type: ignore[misc]
-            split=shard.split,
-            provenance=where,
-        )
+        where = {"file": shard.file, "row": number, **more}
+        yield from guarded(functools.partial(make, record, where), split=shard.split, provenance=where)
 
 
 def _tar_rows(folder: Folder, shard: Shard) -> Iterator[tuple[int, dict[str, Any]] | BadRow]:

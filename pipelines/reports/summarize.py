@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mgie.data.ledger import count_ledger, read_ledger, rejection_code
+from mgie.data.ledger import read_ledger, rejection_code
 from mgie.storage.folder import Folder
 from pipelines.reports.thumbnails import thumbnail
 
@@ -98,11 +98,6 @@ def write_report(out: Folder, images: Folder, report: Mapping[str, Any], *, seed
     """Writes `_report/report.json` and `_report/report.html` into the ledger's folder."""
     out.write(REPORT_JSON, (json.dumps(report, indent=1) + "\n").encode())
     out.write(REPORT_HTML, _page(report, _samples(out, images, seed)).encode())
-
-
-def ledger_counts(out: Folder) -> dict[str, int]:
-    """Counts of the whole ledger as its reader sees it."""
-    return dict(vars(count_ledger(out)))
 
 
 def _samples(out: Folder, images: Folder, seed: int) -> list[dict[str, Any]]:

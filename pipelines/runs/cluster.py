@@ -20,6 +20,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mgie.bundle.embedded import EMBEDDED
+from mgie.config import check_range
 from mgie.errors import ConfigError
 from mgie.storage.folder import Folder, open_folder
 
@@ -48,11 +49,9 @@ class StageSize:
             raise ConfigError(
                 f"actors are {self.min_actors} to {self.max_actors}; it must be 1 <= min <= max", param="min_actors"
             )
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size is {self.batch_size}; it must be at least 1", param="batch_size")
-        for name, value in (("num_gpus", self.num_gpus), ("num_cpus", self.num_cpus)):
-            if value < 0:
-                raise ConfigError(f"{name} is {value}; it must be at least 0", param=name)
+        check_range("batch_size", self.batch_size, 1, 1_000_000)
+        check_range("num_gpus", self.num_gpus, 0, 1024)
+        check_range("num_cpus", self.num_cpus, 0, 1024)
 
     def pool(self) -> dict[str, Any]:
         """Arguments of `map_batches` for a stage that takes a block at a time and makes its own model batches."""
