@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mgie.storage import folder, retry
+from mgie.storage import retry
 from pipelines import cache, compare, edit, evaluate, export, prepare, summarize, tiny, train
 from pipelines.runs import run
 from pipelines.runs.progress import Bar
@@ -187,7 +187,7 @@ def test_inputs_stores_and_disks(
 ) -> None:
     leave_ray_out(monkeypatch)
     monkeypatch.setattr(retry, "_PAUSES_S", ())
-    monkeypatch.setattr(folder, "S3_ATTEMPTS", 1)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     for name, value in (CREDENTIALS | {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}).items():
         monkeypatch.setenv(name, value)
     root, disk = str(tmp_path / "none"), contextlib.nullcontext()
