@@ -103,7 +103,7 @@ def _inputs(folder: Path, job: str, *, has_bad: bool = False) -> None:
         return
     rows = evaluation_data.drawn_rows(folder, NUM_ROWS)
     evaluation_data.write_manifest(folder, rows)
-    evaluation_data.write_ledger(folder, [row | {"expressive": f"It is number {i}."} for i, row in enumerate(rows)])
+    evaluation_data.write_ledger(folder, [row | {"split": "train", "expressive": "It is dark."} for row in rows])
     (folder / "images" / "photos").mkdir()
     if has_bad and job == "export":
         (folder / rows[3]["source"]).unlink()
