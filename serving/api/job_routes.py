@@ -50,18 +50,16 @@ JOB_ANSWERS: dict[int | str, dict[str, Any]] = {
 }
 
 
-class ApiWording:
-    """Results and errors as the API has them; the `ResultWording` of the runner."""
+def told_result(accepted: AcceptedEdit, delivered: DeliveredEdit) -> dict[str, Any]:
+    """The result of a job as its record keeps it."""
+    return edit_response(accepted, delivered).model_dump(mode="json")
 
-    def result(self, accepted: AcceptedEdit, delivered: DeliveredEdit) -> dict[str, Any]:
-        """See `ResultWording`."""
-        return edit_response(accepted, delivered).model_dump(mode="json")
 
-    def error(self, error: Exception, job_id: str) -> tuple[int, dict[str, Any]]:
-        """See `ResultWording`."""
-        answer = answer_error(error, f"of job {job_id[:8]}...")  # the whole id would open the job to readers of logs
-        told: dict[str, Any] = json.loads(bytes(answer.body))["error"]
-        return answer.status_code, told
+def told_error(error: Exception, job_id: str) -> tuple[int, dict[str, Any]]:
+    """Status of an error in a job, and the error as its record keeps it."""
+    answer = answer_error(error, f"of job {job_id[:8]}...")  # the whole id would open the job to readers of logs
+    told: dict[str, Any] = json.loads(bytes(answer.body))["error"]
+    return answer.status_code, told
 
 
 def is_job(request: Request) -> bool:

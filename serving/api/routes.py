@@ -17,7 +17,7 @@ from mgie.errors import MGIEError
 from serving.api.access_gate import AccessMiddleware, watched
 from serving.api.edit_routes import EDITS_PATH, EditApi
 from serving.api.info_routes import info_router
-from serving.api.job_routes import ApiWording, JobApi
+from serving.api.job_routes import JobApi, told_error, told_result
 from serving.api.middleware import BoundaryMiddleware, RecordMiddleware
 from serving.api.opened import Opened
 from serving.api.page import add_page
@@ -66,7 +66,7 @@ def build_api(
         spans=opened.spans,
     )
     jobs = JobStore(opened.store, limits=args.limits)
-    runner = JobRunner(jobs, service, settings=opened.jobs, wording=ApiWording(), meter=meter)
+    runner = JobRunner(jobs, service, settings=opened.jobs, tell_result=told_result, tell_error=told_error, meter=meter)
     job_api = JobApi(jobs, runner, service, settings=opened.jobs, public_url=args.public_url, meter=meter)
 
     @contextlib.asynccontextmanager

@@ -17,7 +17,7 @@ from bisect import bisect_left
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from mgie.engine.handle import Stepped
 from mgie.errors import DeadlineError, EngineFullError
@@ -65,18 +65,6 @@ class JobSettings:
     "None: no webhook is called, nor those of jobs that were accepted when it was otherwise"
 
 
-class ResultWording(Protocol):
-    """How results and errors are told to clients."""
-
-    def result(self, accepted: AcceptedEdit, delivered: DeliveredEdit) -> dict[str, Any]:
-        """The answer of an edit that is done."""
-        ...
-
-    def error(self, error: Exception, job_id: str) -> tuple[int, dict[str, Any]]:
-        """Status of an error, 429 or below 500 if it is not ours, and what is said of it."""
-        ...
-
-
 @dataclass(kw_only=True)
 class _Hold:
     """A job that this replica runs."""
@@ -107,7 +95,9 @@ class JobRunner:
     Args:
         jobs: Where they are.
         service: What edits; knows the models, and the edits that can be called off.
-        settings, wording: See there.
+        settings: See there.
+        tell_result: Words the result of an edit that is done for clients.
+        tell_error: The same of an error in the job of an id, after its HTTP status: 429 or below 500 if it is not ours.
         meter: Takes figures.
     """
 
@@ -117,10 +107,12 @@ class JobRunner:
         service: EditService,
         *,
         settings: JobSettings,
-        wording: ResultWording,
+        tell_result: Callable[[AcceptedEdit, DeliveredEdit], dict[str, Any]],
+        tell_error: Callable[[Exception, str], tuple[int, dict[str, Any]]],
         meter: Meter = unmetered,
     ) -> None:
-        self._jobs, self._service, self._settings, self._wording = jobs, service, settings, wording
+        self._jobs, self._service, self._settings = jobs, service, settings
+        self._tell_result, self._tell_error = tell_result, tell_error
         self._meter = meter
         self._kept = ResultStore(jobs.artifacts)
         self._deliverer = Deliverer(jobs, settings.webhooks, meter)
@@ -351,7 +343,7 @@ class JobRunner:
         kept_until = self._jobs.expires_s(hold.job) if accepted.call.options.keeps_lossless else None
         delivered = DeliveredEdit(outcome=outcome, urls=stored.files, kept_until=kept_until)
         return _Done(
-            result=self._wording.result(accepted, delivered),
+            result=self._tell_result(accepted, delivered),
             results=list(stored.lossless),
             files=sorted({*stored.files, *stored.lossless}),
         )
@@ -400,14 +392,14 @@ class JobRunner:
         return record.ended("done", now_s=self._jobs.now_s(), result=done.result, results=done.results)
 
     def _failed(self, job_id: str, record: JobRecord, error: Exception) -> JobRecord:
-        return record.ended("failed", now_s=self._jobs.now_s(), error=self._wording.error(error, job_id)[1])
+        return record.ended("failed", now_s=self._jobs.now_s(), error=self._tell_error(error, job_id)[1])
 
     def _cancelled(self, record: JobRecord) -> JobRecord:
         return record.ended("cancelled", now_s=self._jobs.now_s())
 
     def _after_error(self, job_id: str, error: Exception) -> Change:
         """Ends the job if the error is the user's, or for good; else it is tried again after a pause."""
-        status, told = self._wording.error(error, job_id)
+        status, told = self._tell_error(error, job_id)
         is_final = (status < 500 and status != 429) or isinstance(error, DeadlineError)
         failures = int(status == 500)  # a known outage is none of the job's doing
         least_s = error.retry_after_s if isinstance(error, EngineFullError) else 0.0

@@ -50,9 +50,9 @@ def counted_stores(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """How often the results of an edit have been stored, by whatever replica."""
     stored, store = [], ResultStore.store
 
-    async def counted(*args: Any, **given: Any) -> Any:
+    def counted(*args: Any, **given: Any) -> Any:
         try:
-            return await store(*args, **given)
+            return store(*args, **given)
         finally:
             stored.append(1)
 
