@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 # so that neither Ray workers nor subprocesses started by tests fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Nor does what is left of Ray Serve in this process start another Ray when the tests' own has ended.
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 
 import pytest
 from hypothesis import HealthCheck, settings

@@ -25,6 +25,7 @@ from tests.waiting import until
 pytestmark = pytest.mark.slow
 
 LEASE_S = 1.0
+LONG_LEASE_S = 1000.0  # without a heartbeat while a test runs, but for news
 
 
 def image_of(job: dict[str, Any]) -> bytes:
@@ -102,17 +103,17 @@ def test_of_two_that_finish_the_same_job_one_commits_and_the_other_deletes_its_i
     replicas: Replicas, small: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend, num_stored = Held(replicas.backend), counted_stores(monkeypatch)
-    here = replicas.open(backend=backend, lease_s=LEASE_S)
+    here = replicas.open(backend=backend, lease_s=LONG_LEASE_S)
     job_id = here.accept(small, steps="4")
     here.wait(job_id, "rendering")
     here.freeze()
-    replicas.clock.now_s += LEASE_S + CLOCK_SKEW_S
-    there = replicas.open(lease_s=LEASE_S)
+    replicas.clock.now_s += LONG_LEASE_S + CLOCK_SKEW_S
+    there = replicas.open(lease_s=LONG_LEASE_S)
     first = there.wait(job_id, "done")
     settled(replicas)
     committed = images(replicas)
     assert (len(committed), num_stored()) == (1, 1)
-    # A runner that never hears of the loss: its next heartbeat is far away.
+    # It never hears of the loss: its next heartbeat is minutes away.
     store = replicas.jobs()
     here.thaw()
     backend.may_end.set()
