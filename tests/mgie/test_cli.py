@@ -152,9 +152,11 @@ def test_a_folder_that_was_interrupted_goes_on(run: Run, tmp_path: Path, monkeyp
             signal.raise_signal(signal.SIGINT)
 
     arguments = ("edit", "photos", "make it night", "--seed", "1", "--batch-size", "2", *FAST)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
     with monkeypatch.context() as patched:
         patched.setattr(EditResult, "save", save_and_interrupt)
         stopped = run(*arguments)
+    signal.signal(signal.SIGINT, before)
     assert stopped.status == 130
     assert [line for line in stopped.err.splitlines() if "untrained" not in line] == [
         "stopped: 1 of 4 results are made; the same command goes on"
