@@ -21,6 +21,8 @@ from pipelines.reports.compare import METRICS, markdown, plot
 from pipelines.runs.recipe import folders, make
 from pipelines.stages.score_rows import scores_schema
 
+pytestmark = pytest.mark.slow
+
 L1 = {"ip2p": 0.30, "ft": 0.25, "fz": 0.31, "lgie": 0.29, "e2e": 0.20, "e2e without L_ins": 0.20}
 NUM_ROWS = 60
 CONFIG = CompareConfig(seeds=2)

@@ -34,6 +34,8 @@ from mgie.errors import BundleError, ConfigError, ConversionError
 from mgie.inference.conditioner import MLLMConditioner, TextConditioner
 from mgie.model.edit_head import EditHead
 
+pytestmark = pytest.mark.slow
+
 LLM_DIM, CLIP_DIM, CONDITION_DIM, NUM_VISUAL = 32, 16, 24, 4
 IMAGE_TOKENS = ("<im_patch>", "<im_start>", "<im_end>")
 SENTENCES = (

@@ -23,6 +23,8 @@ from tests.mgie.networks import (
     write_lpips,
 )
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -14,6 +14,8 @@ from mgie.model.mllm import MLLM
 from mgie.model.tokens import Tokenizer
 from mgie.model.visual_states import gather_states, pad, select_start
 
+pytestmark = pytest.mark.slow
+
 NUM_VISUAL = 8
 
 

@@ -13,6 +13,8 @@ from mgie.tiny.world.draw import draw_scene
 from mgie.tiny.world.paint import Pixels
 from mgie.tiny.world.scene import COLORS, Scene, changed, without
 
+pytestmark = pytest.mark.slow
+
 
 @functools.cache
 def _samples() -> list[Sample]:

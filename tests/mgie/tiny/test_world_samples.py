@@ -21,6 +21,8 @@ from mgie.tiny.world.samples import Sample, draw_picture, is_held_out
 from mgie.tiny.world.scene import Scene
 from mgie.tiny.world.wordings import parse_wordings
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def samples() -> list[Sample]:

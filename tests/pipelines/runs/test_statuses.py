@@ -19,6 +19,8 @@ from tests.pipelines.chaos import ROOT, Cluster, Endpoint, Job
 from tests.pipelines.jobs import leave_ray_out, run_here
 from tests.pipelines.training.chaos import TRAIN
 
+pytestmark = pytest.mark.slow
+
 NUM_ROWS = 5
 MAINS: dict[str, Callable[[], int]] = {
     "prepare": prepare.main,
