@@ -67,7 +67,7 @@ CANCELS = Metric("mgie_cancels", "counter", "Edits that left a stage because the
 CACHE_REQUESTS = Metric(
     "mgie_cache_requests",
     "counter",
-    "Conditions that was asked for: hit, joined (it was being derived for another), miss",
+    "Conditions that were asked for: hit, joined (it was being derived for another), miss",
     tags=("result",),
 )
 WAITING = Metric("mgie_waiting_edits", "gauge", "Edits in line in a stage replica")
