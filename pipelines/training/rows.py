@@ -25,6 +25,7 @@ from pipelines.runs.run_record import fingerprint
 
 DATA, RECORD_FILE = "data", "data/data.json"
 _FORMAT = 1
+_SHARD_ROWS_0_1 = 2048  # of runs that do not say it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,8 @@ class FrozenRows:
     """`data.json`."""
 
     ledgers: tuple[FrozenLedger, ...]
+    shard_rows: int = 0
+    "neighbouring rows that an epoch keeps together; 0 = none, as in every run begun after version 0.1.0"
 
     @property
     def fingerprint(self) -> str:
@@ -119,7 +122,7 @@ def _read(run: Folder) -> FrozenRows:
         ]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{run.url}/{RECORD_FILE} is damaged: {error!r}") from error
-    return FrozenRows(ledgers=tuple(ledgers))
+    return FrozenRows(ledgers=tuple(ledgers), shard_rows=content.get("shard_rows", _SHARD_ROWS_0_1))
 
 
 def open_rows(run: Folder, images: Sequence[Folder], scratch: Path) -> OpenRows:

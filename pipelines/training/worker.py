@@ -176,7 +176,10 @@ class _Worker:
     def _loader(self) -> StepLoader:
         config = self._job.config
         order = MixedOrder(
-            [len(rows) for rows in self._rows.train], seed=config.seed, weights=self._job.settings.weights or None
+            [len(rows) for rows in self._rows.train],
+            seed=config.seed,
+            weights=self._job.settings.weights or None,
+            shard_rows=self._job.rows.shard_rows,
         )
         return StepLoader(
             self._maker(self._rows.train),

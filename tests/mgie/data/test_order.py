@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from mgie.data.order import EpochOrder, MixedOrder, permutation
@@ -25,7 +26,17 @@ def test_epochs_and_seeds_and_keys_have_orders_of_their_own() -> None:
     assert len({epoch(order, number) for order in orders for number in range(3)}) == 9
 
 
-def test_rows_that_lie_together_come_together() -> None:
+@pytest.mark.parametrize("sizes", [[20_000], [10_000, 10_000]])
+def test_batches_mix_rows_from_everywhere(sizes: list[int]) -> None:
+    """Each of 64 samples is as likely from any tenth of the rows: almost no batch misses more than two tenths."""
+    order = MixedOrder(sizes, seed=1)
+    starts = [0, *sizes]
+    rows = np.array([starts[place.source] + place.row for place in (order[i] for i in range(20_000))])
+    tenths = [len(set(batch)) for batch in (rows // 2000)[:19_968].reshape(-1, 64)]
+    assert min(tenths) >= 8
+
+
+def test_runs_of_version_0_1_keep_rows_that_lie_together_together() -> None:
     order = EpochOrder(64, seed=0, shard_rows=16)
     shards = [order[index][1] // 16 for index in range(64)]
     assert all(len(set(shards[start : start + 16])) == 1 for start in range(0, 64, 16))
@@ -42,6 +53,10 @@ def test_the_order_is_the_same_for_ever() -> None:
     """Recorded from this code: a run must be able to go on under another version of a library."""
     assert permutation(8, 0, 0, 0).tolist() == [5, 2, 3, 1, 0, 6, 7, 4]
     assert [EpochOrder(1000, seed=1)[index][1] for index in (0, 1, 999, 1000)] == [704, 977, 5, 639]
+    old = EpochOrder(5000, seed=1, shard_rows=2048)
+    assert [old[index][1] for index in (0, 1, 4999, 5000)] == [3488, 3934, 4804, 4715]
+    new = EpochOrder(5000, seed=1)
+    assert [new[index][1] for index in (0, 1, 4999, 5000)] == [3652, 1559, 2995, 1117]
 
 
 def test_a_mixture_of_one_is_that_ledger() -> None:
