@@ -17,10 +17,13 @@ def resolve_device(device: str = "auto") -> torch.device:
     if device == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         return torch.device(name)
+    unknown = ConfigError(f"device is {device!r}; it must be auto, cpu, mps, cuda or cuda:N", param="device")
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
-        raise ConfigError(f"device is {device!r}; it must be auto, cpu, mps, cuda or cuda:N", param="device") from error
+        raise unknown from error
+    if resolved.type not in ("cpu", "mps", "cuda"):
+        raise unknown
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"device is {device!r}; this machine has {torch.cuda.device_count()} CUDA devices", param="device"
@@ -31,7 +34,9 @@ def resolve_device(device: str = "auto") -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype named, or with `auto` bfloat16 on CUDA (float16 where that is not supported), else float32.
+    """The dtype named, or with `auto` bfloat16 on CUDA (float16 before compute capability 8.0), else float32.
+
+    torch itself calls bfloat16 supported where it is emulated, without convolutions.
 
     Raises:
         ConfigError: It is not one of auto, float32, float16, bfloat16.
@@ -39,6 +44,6 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         if device.type != "cuda":
             return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     check_choice("dtype", dtype, ("auto", *DTYPES))
     return DTYPES[dtype]

@@ -164,6 +164,11 @@ def export_published(trained: Trained, base: Bundle, out: Path, *, replace: bool
             f"the run's variant is {trained.snapshot.variant}; the published layout holds an MGIE that sees the image (e2e)",
             param="published",
         )
+    if any(name.startswith(_LLM_BLOCKS) for name in trained.tensors):
+        raise ConfigError(
+            "the run trained the language model (lr_llm above 0); the published layout has no place for it",
+            param="published",
+        )
     if out.exists() and not (replace and out.is_dir() and {path.name for path in out.iterdir()} <= {*PUBLISHED_FILES}):
         raise BundleError(f"{out} exists{' and holds other files' if replace else ''}; choose another output folder")
     _plan(trained, base)  # refuses what does not fit

@@ -612,7 +612,7 @@ def test_auto_is_a_device_that_is_there() -> None:
     assert resolve_device("cpu") == torch.device("cpu")
 
 
-@pytest.mark.parametrize("device", ["gpu", "", "cuda:x", "cuda:99", "mps:0"])
+@pytest.mark.parametrize("device", ["gpu", "", "cuda:x", "cuda:99", "mps:0", "meta", "xpu:0"])
 def test_a_device_that_is_not_there_is_refused(device: str) -> None:
     if device == "mps:0" and torch.backends.mps.is_available():
         pytest.skip("this machine has MPS")
@@ -620,6 +620,17 @@ def test_a_device_that_is_not_there_is_refused(device: str) -> None:
         resolve_device(device)
     assert caught.value.param == "device"
     assert repr(device) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
+)
+def test_auto_is_bfloat16_where_the_named_gpu_computes_in_it(
+    capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus = {torch.device("cuda:0"): (9, 0), torch.device("cuda:1"): capability}
+    monkeypatch.setattr("torch.cuda.get_device_capability", gpus.__getitem__)
+    assert resolve_dtype("auto", torch.device("cuda:1")) == dtype
 
 
 def test_dtypes_by_name() -> None:

@@ -474,4 +474,9 @@ def test_what_the_published_layout_cannot_hold_is_refused(
     large = dict(trained.tensors) | {"unet.conv_in.bias": torch.full((48,), 1e6)}
     with pytest.raises(BundleError, match=r"unet\.conv_in\.bias has values that are too large for torch\.float16"):
         export_published(dataclasses.replace(trained, tensors=large), random_bundle, tmp_path / "mgie")
+    block = {"mllm.llm.model.layers.0.mlp.up_proj.weight": torch.zeros(1)}
+    with pytest.raises(ConfigError, match="trained the language model"):
+        export_published(
+            dataclasses.replace(trained, tensors={**trained.tensors, **block}), random_bundle, tmp_path / "mgie"
+        )
     assert list(tmp_path.iterdir()) == []
