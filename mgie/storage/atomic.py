@@ -27,7 +27,8 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """An empty folder to fill: it gets its name when the block ends well, else it vanishes with all that is in it.
 
     Args:
-        replace: A folder of that name is removed first, else there must be none but an empty one.
+        replace: A folder of that name gives way, and stays where the new one cannot take its place; else there must be
+            none but an empty one.
 
     Raises:
         OSError: The folder around it cannot be written, or there is a full one of that name.
@@ -37,10 +38,23 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     try:
         yield partial
         if replace and target.exists():
-            shutil.rmtree(target)
-        partial.replace(target)
+            _exchange(partial, target)
+        else:
+            partial.replace(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _exchange(new: Path, target: Path) -> None:
+    """Old aside, new in, old away: a fault in between loses neither."""
+    old = _beside(target)
+    target.replace(old)
+    try:
+        new.replace(target)
+    except OSError:
+        old.replace(target)
+        raise
+    shutil.rmtree(old)
 
 
 def _beside(target: Path) -> Path:

@@ -59,3 +59,25 @@ def test_a_full_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="not empty"):
         fill()
     assert [path.name for path in tmp_path.rglob("*")] == ["b", "new"]
+
+
+def test_a_folder_stays_where_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with atomic_folder(tmp_path / "b") as partial:
+        (partial / "old").write_text("")
+    replace = Path.replace
+
+    def fail_for_the_new(path: Path, target: Path) -> Path:
+        if (path / "new").exists():
+            raise OSError("no room for a name")
+        return replace(path, target)
+
+    def fill() -> None:
+        with atomic_folder(tmp_path / "b", replace=True) as partial:
+            (partial / "new").write_text("")
+
+    monkeypatch.setattr(Path, "replace", fail_for_the_new)
+    with pytest.raises(OSError, match="no room"):
+        fill()
+    assert [path.name for path in tmp_path.rglob("*")] == ["b", "old"]
