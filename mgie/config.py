@@ -9,8 +9,9 @@ import math
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict, cast, get_args
 
 from mgie.errors import BundleError, ConfigError
 
@@ -43,10 +44,15 @@ MAX_INSTRUCTION_CHARS = 4000  # cut off before tokenising; the model's own limit
 
 
 def check_range(name: str, value: object, low: float, high: float) -> None:
-    """Raises ConfigError naming `name`, the value and the range unless low <= value <= high."""
-    # NaN fails every comparison.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ConfigError(f"{name} is {value!r:.80}; it must be {low} to {high}", param=name)
+    """Raises ConfigError naming `name`, the value and the range unless low <= value <= high.
+
+    Where `low` is an int, the value must be whole; numpy's numbers are numbers.
+    """
+    is_whole = isinstance(low, int)
+    is_number = isinstance(value, Integral if is_whole else Real) and not isinstance(value, bool)
+    if not is_number or not low <= cast(float, value) <= high:  # NaN fails every comparison
+        kind = "a whole number, " if is_whole and not is_number else ""
+        raise ConfigError(f"{name} is {value!r:.80}; it must be {kind}{low} to {high}", param=name)
 
 
 def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
@@ -104,9 +110,13 @@ class EditSettings:
     "make the change to the source's own pixels, instead of scaling the model's picture up"
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if hasattr(value, "item"):  # numpy's numbers become Python's, which JSON can hold
+                object.__setattr__(self, name, value.item())
+        for name in ("square_crop", "detail_transfer"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ConfigError(f"{name} is {value!r:.80}; it must be True or False", param=name)
         check_choice("sampler", self.sampler, SAMPLERS)
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int):
-            raise ConfigError(f"steps is {self.steps!r}; it must be a whole number", param="steps")
         check_range("steps", self.steps, 1, MAX_STEPS)
         check_range("guidance_scale", self.guidance_scale, 0.0, MAX_GUIDANCE_SCALE)
         check_range("image_guidance_scale", self.image_guidance_scale, 0.0, MAX_GUIDANCE_SCALE)

@@ -50,8 +50,8 @@ class StageSize:
                 f"actors are {self.min_actors} to {self.max_actors}; it must be 1 <= min <= max", param="min_actors"
             )
         check_range("batch_size", self.batch_size, 1, 1_000_000)
-        check_range("num_gpus", self.num_gpus, 0, 1024)
-        check_range("num_cpus", self.num_cpus, 0, 1024)
+        check_range("num_gpus", self.num_gpus, 0.0, 1024.0)
+        check_range("num_cpus", self.num_cpus, 0.0, 1024.0)
 
     def pool(self) -> dict[str, Any]:
         """Arguments of `map_batches` for a stage that takes a block at a time and makes its own model batches."""

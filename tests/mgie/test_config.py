@@ -40,12 +40,19 @@ def test_the_borders_of_the_ranges_are_allowed() -> None:
 def test_values_of_a_wrong_type_are_refused_by_name_where_no_type_checker_runs() -> None:
     # In a process of its own: the tests' type checker would be faster.
     program = """
-from mgie.config import EditSettings, GenerationConfig
+import json
+from dataclasses import asdict
+import numpy as np
+from mgie.config import EditSettings, GenerationConfig, TrainingConfig
 from mgie.errors import ConfigError
+given = EditSettings(steps=np.int64(3), guidance_scale=np.float32(1.25), square_crop=np.bool_(True))
+assert json.loads(json.dumps(asdict(given)))["steps"] == 3 and given.guidance_scale == 1.25 and given.square_crop is True
 for kind, name, value in (
     (EditSettings, "steps", 2.5), (EditSettings, "steps", True), (EditSettings, "steps", "3"),
     (EditSettings, "guidance_scale", "7"), (EditSettings, "guidance_scale", True), (EditSettings, "sampler", "euler"),
     (EditSettings, "image_guidance_scale", [1]), (GenerationConfig, "stop", "never"), (GenerationConfig, "max_new_tokens", "9"),
+    (GenerationConfig, "no_repeat_ngram_size", 2.5), (TrainingConfig, "global_batch", 32.5), (TrainingConfig, "seed", 1.5),
+    (EditSettings, "square_crop", "false"), (EditSettings, "detail_transfer", 1),
 ):
     try:
         kind(**{name: value})
