@@ -23,7 +23,7 @@ def parse_edit_list(content: bytes, name: str) -> list[dict[str, Any]]:
         DataError: The file holds no rows, or a line is not such an object (its number is named).
     """
     try:
-        text = content.decode("utf-8")
+        text = content.decode(json.detect_encoding(content))  # Notepad and PowerShell write a mark, or UTF-16
     except UnicodeDecodeError as error:
         raise DataError(f"{name} cannot be read: {error}") from error
     rows = []

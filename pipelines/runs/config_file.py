@@ -42,8 +42,8 @@ def expand(config_type: type, arguments: Sequence[str]) -> list[str]:
     else:
         raise ConfigError(f"{FLAG} is given without a file", param="config")
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.safe_load(Path(path).read_bytes())
+    except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}", param="config") from error
     if not isinstance(content, dict | None):
         raise ConfigError(f"{path} is no mapping of settings to values", param="config")

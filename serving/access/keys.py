@@ -190,7 +190,7 @@ class KeyRing:
         keys = read_keys(self._text, where=VARIABLE) if self._text else {}
         if self._file is not None:
             try:
-                text = self._file.read_text(encoding="utf-8")
+                text = self._file.read_text(encoding="utf-8-sig")
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"keys_file {self._file} cannot be read: {error}", param="keys_file") from None
             for name, key in read_keys(text, where=f"keys_file {self._file}").items():
