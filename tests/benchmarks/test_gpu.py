@@ -97,7 +97,9 @@ def test_every_figure_is_measured_positive_and_finite(whole: tuple["subprocess.C
     assert set(result["figures"]) == FIGURES
     for name, value in result["figures"].items():
         assert math.isfinite(value), name
-        assert value > 0 or name.endswith("wait_share"), name
+        # The last two follow from a difference of two times, which other work on the machine may turn round.
+        may_be_negative = name.endswith(("wait_share", "tokens_per_s", "bandwidth_share"))
+        assert value > 0 or may_be_negative, name
 
 
 @pytest.mark.slow
