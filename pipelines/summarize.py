@@ -146,7 +146,8 @@ def summarize(config: SummarizeConfig, *, console: Console | None = None) -> End
         )
         pending = plan(config, manifest, out)
         num_lost = min(pending.num_rows, config.max_rows_in_flight)
-        run.say(f"{pending.num_rows} rows to do; a kill loses at most {num_lost} rows of work; ledger: {out.url}")
+        loss = f"a kill loses at most {num_lost} rows of work" if pending.num_rows else "all are in the ledger"
+        run.say(f"{pending.num_rows} rows to do; {loss}; ledger: {out.url}")
         started = time.monotonic()
         totals = RunTotals()
         shared = {"the folder of the images": images, **local_bundles(config.describe_model, config.summarize_model)}

@@ -16,6 +16,7 @@ import httpx2
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 
+from mgie.bundle.resolve import locate_bundle
 from mgie.errors import MGIEError
 from mgie.images.files import EditMetadata, read_image, write_image
 from mgie.tiny.world import make_sample
@@ -61,6 +62,7 @@ def main(config: DemoConfig) -> None:
     source = draw_landscape() if config.photo is None else config.photo.read_bytes()
     read_image(source)  # a wrong file fails before a cluster is started for it
     args = serving_args(config)
+    locate_bundle(config.bundle)  # so does a wrong bundle
     print("starting Ray Serve on this machine, about half a minute ...", flush=True)
     port = config.port or free_port(prefer_usual=config.keep)
     if config.keep and config.port is None and port != USUAL_PORT:
@@ -179,4 +181,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print(f"\nstopped after {time.monotonic() - started_s:.0f} s")
     except (MGIEError, OSError, httpx2.HTTPError) as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

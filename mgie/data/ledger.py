@@ -170,6 +170,8 @@ def images_root(folder: Folder, *, moved_to: str | None = None) -> str:
             )
         root = str(content["root"])
     except FileNotFoundError as error:
+        if not folder.list():
+            raise DataError(f"{folder.path} does not exist or is empty; give a folder that holds rows") from error
         message = f"{folder.path} holds no {IMAGES_FILE}: there are no rows, or the job that wrote them did not finish"
         raise DataError(message) from error
     except (ValueError, KeyError, TypeError) as error:

@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,7 @@ def start_ray(say: Callable[[str], None] = lambda _: None) -> None:
             signal.signal(signal.SIGTERM, on_term)  # Ray has put its own in place
     DataContext.get_current().enable_progress_bars = False  # the jobs have one of their own, in rows
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks", category=UserWarning)
 
 
 def _address(say: Callable[[str], None]) -> str | None:

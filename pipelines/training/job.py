@@ -69,7 +69,9 @@ def run_training(config: TrainConfig, console: Console | None) -> Ending:
 
 
 def _ending(run: Run, report: Mapping[str, Any], said: str = "") -> Ending:
-    return Ending(said=f"{said}{json.dumps(report)}\nrun: {run.out.url}", report=report)
+    final = "".join(f", {name} {value:.4f}" for name, value in report.get("final", {}).items() if value is not None)
+    done = f"{report.get('steps', 0)} steps in {report.get('seconds', 0):.0f} s{final}; run: {run.out.url}"
+    return Ending(said=f"{said}{done}\nmgie export {run.out.url} --out FOLDER makes a bundle of it", report=report)
 
 
 def _join(config: TrainConfig, job: TrainingJob, run: Run) -> None:

@@ -136,6 +136,10 @@ def test_a_relative_root_moves_with_the_folder(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_root_was_not_finished(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(DataError, match="does not exist or is empty"):
+            images_root(open_folder(folder))
+    (tmp_path / "part-a.parquet").touch()
     with pytest.raises(DataError, match="did not finish"):
         images_root(open_folder(tmp_path))
 

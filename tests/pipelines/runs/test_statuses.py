@@ -37,7 +37,7 @@ OVER_ROWS = ("prepare", "summarize", "export", "cache", "edit", "evaluate")
 TRAINED = ("train",)
 RECIPES = ("tiny", "compare")
 STOPPED, FULL = (130, "stopped; the same command goes on"), (3, "File too large")
-NO_LEDGER = (2, "holds no images.json: there are no rows, or the job that wrote them did not finish")
+NO_LEDGER = (2, "does not exist or is empty; give a folder that holds rows")
 MANY = (4, "1 of 5 rows were rejected, more than --max-rejected 0.1 allows")
 
 # What is wrong -> job -> status, and a part of what is said.
