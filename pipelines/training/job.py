@@ -70,7 +70,8 @@ def run_training(config: TrainConfig, console: Console | None) -> Ending:
 
 def _ending(run: Run, report: Mapping[str, Any], said: str = "") -> Ending:
     final = "".join(f", {name} {value:.4f}" for name, value in report.get("final", {}).items() if value is not None)
-    done = f"{report.get('steps', 0)} steps in {report.get('seconds', 0):.0f} s{final}; run: {run.out.url}"
+    again = f", {num} of them repeated" if (num := report.get("repeated_steps")) else ""
+    done = f"{report.get('steps', 0)} steps{again} in {report.get('seconds', 0):.0f} s{final}; run: {run.out.url}"
     return Ending(said=f"{said}{done}\nmgie export {run.out.url} --out FOLDER makes a bundle of it", report=report)
 
 

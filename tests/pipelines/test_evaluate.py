@@ -64,7 +64,7 @@ def test_a_network_that_is_not_there_is_refused_before_anything_is_written(tmp_p
 
 
 def test_rows_that_are_not_there_are_told(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holds no images\.json"):
+    with pytest.raises(DataError, match="does not exist or is empty"):
         evaluate(_config(tmp_path))
 
 

@@ -105,7 +105,7 @@ def test_a_ledger_of_another_schema_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_ledger_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holds no images\.json"):
+    with pytest.raises(DataError, match="does not exist or is empty"):
         train(_config(open_folder(tmp_path / "none"), tmp_path / "out"))
 
 
@@ -234,7 +234,7 @@ def test_a_run_leaves_checkpoints_numbers_pictures_and_a_summary(undisturbed: tu
     assert run.report["steps"] == NUM_STEPS
     assert run.report["repeated_steps"] == 0
     assert f"steps: {NUM_STEPS} of {NUM_STEPS}" in said
-    assert '"repeated_steps": 0' in said
+    assert f"{NUM_STEPS} steps in" in said
 
 
 @pytest.mark.ray
@@ -271,7 +271,7 @@ def test_a_killed_run_in_a_store_goes_on_from_the_last_good_checkpoint_and_is_bi
     assert len(reference) == NUM_STEPS
     assert differing_steps(found, reference) == []
     assert [step for step, measured in found.items() if len(measured) == 2] == [4, 5, 6, 7, 8, 10, 11]
-    assert '"repeated_steps": 7' in said
+    assert f"{NUM_STEPS} steps, 7 of them repeated" in said
     assert tensor_hashes(out, NUM_STEPS) == tensor_hashes(undisturbed[0], NUM_STEPS)
     assert out.list("tensorboard")
     status, said = run_here(main, flags)
@@ -300,7 +300,7 @@ def test_whatever_is_killed_the_run_is_bitwise_the_undisturbed_one(
     assert differing_steps(found, reference) == []
     num_repeated = sum(len(measured) - 1 for measured in found.values())
     assert num_repeated >= 3
-    assert f'"repeated_steps": {num_repeated}' in last
+    assert f"{num_repeated} of them repeated" in last
     assert tensor_hashes(out, NUM_STEPS) == tensor_hashes(undisturbed[0], NUM_STEPS)
 
 

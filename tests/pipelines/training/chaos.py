@@ -164,7 +164,7 @@ def run_with_kills(flags: Sequence[str], cluster: Cluster, out: Folder, kills: S
                     status, output = job.finish()
                     assert status == expected, output
                 outputs.append(job.output())
-                if not waiting and "repeated_steps" in outputs[-1]:
+                if not waiting and "makes a bundle of it" in outputs[-1]:
                     return outputs
     finally:
         for kill in kills:
