@@ -286,8 +286,8 @@ class Editor:
         if mask is not None:
             check_mask(mask, self.renderer.framing(image.size, settings))
         check_range("n", n, 1, _MAX_RESULTS)
+        check_range("seed", 0 if seed is None else seed, 0, MAX_SEED - n + 1)
         first = random_seed() if seed is None else operator.index(seed)
-        check_range("seed", first, 0, MAX_SEED - n + 1)
         edit = CheckedEdit(
             image=image, instruction=instruction, expressive=expressive, settings=settings, seed=first, mask=mask
         )

@@ -1,6 +1,8 @@
 import copy
 import io
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -482,3 +484,24 @@ def test_what_cannot_be_read_is_an_image_error(tmp_path: Path) -> None:
         assert caught.value.param == "image"
     with Image.open(tmp_path / "cut.png") as opened, pytest.raises(ImageError):
         load_image(opened)
+
+
+def test_a_seed_that_is_no_whole_number_in_range_is_refused_by_name(random_folder: Path) -> None:
+    # In a process of its own: the tests' type checker would be faster.
+    program = """
+import sys
+import numpy as np
+from PIL import Image
+from mgie.editor import Editor
+from mgie.errors import ConfigError
+editor, photo = Editor.load(sys.argv[1], device="cpu"), Image.new("RGB", (64, 48))
+for seed in (1.5, "1", True, -1, 2**63):
+    try:
+        editor.edit(photo, "x", seed=seed)
+    except ConfigError as error:
+        assert error.param == "seed" and str(error).startswith(f"seed is {seed!r}; it must be "), error
+    else:
+        raise AssertionError(seed)
+assert editor.edit(photo, "x", seed=np.int64(3), steps=1).seed == 3
+"""
+    subprocess.run([sys.executable, "-c", program, str(random_folder)], check=True)
